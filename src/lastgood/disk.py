@@ -190,7 +190,7 @@ def remove(path: Path, *, missing_ok: bool = False, patience: float | None = Non
 
     def once() -> None:
         with _observed("remove", path):
-            os.unlink(_native(path))  # noqa: PTH108
+            os.unlink(_native(path))
 
     try:
         _patiently(once, patience)
@@ -202,7 +202,7 @@ def remove(path: Path, *, missing_ok: bool = False, patience: float | None = Non
 def make_dir(path: Path) -> None:
     """Make a directory that did not exist. Raises FileExistsError when the name is taken."""
     with _observed("mkdir", path):
-        os.mkdir(_native(path))  # noqa: PTH102
+        os.mkdir(_native(path))
 
 
 def make_dirs(path: Path) -> None:
@@ -228,7 +228,7 @@ def remove_dir(path: Path, *, patience: float | None = None) -> None:
 
     def once() -> None:
         with _observed("rmdir", path):
-            os.rmdir(_native(path))  # noqa: PTH106
+            os.rmdir(_native(path))
 
     _patiently(once, patience)
 
@@ -262,7 +262,7 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
 
 
 def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> int:
-    """Fill `buffer` from `offset` on; returns how many bytes there were. Safe in several threads on one file (POSIX)."""
+    """Fill `buffer` from `offset` on; returns how many bytes there were. Threads may share a file on POSIX."""
     done = 0
     while done < len(buffer):
         part = buffer[done : done + (1 << 28)]
@@ -279,7 +279,7 @@ def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> int:
 
 def file_size(path: Path) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
-    return os.stat(_native(path)).st_size  # noqa: PTH116
+    return os.stat(_native(path)).st_size
 
 
 def exists(path: Path) -> bool:
@@ -289,7 +289,7 @@ def exists(path: Path) -> bool:
 def names(path: Path) -> list[str]:
     """The names in a directory, sorted; empty where there is none."""
     try:
-        return sorted(os.listdir(_native(path)))  # noqa: PTH208
+        return sorted(os.listdir(_native(path)))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -304,8 +304,8 @@ def give_to_group(path: Path, group: int) -> None:
     if WINDOWS:
         return
     os.chown(path, -1, group)
-    mode = os.stat(path).st_mode  # noqa: PTH116
-    os.chmod(path, mode | (0o070 if path.is_dir() else 0o060))  # noqa: PTH101
+    mode = os.stat(path).st_mode
+    os.chmod(path, mode | (0o070 if path.is_dir() else 0o060))
 
 
 class FileLock:
