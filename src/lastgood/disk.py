@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import sys
@@ -33,7 +34,7 @@ class Operation:
     """One operation on the file system, as :data:`observer` sees it."""
 
     name: str
-    """create, write, sync, close, replace, link, remove, mkdir, rmdir, sync_dir, append, overwrite, read"""
+    """create, write, sync, replace, link, remove, mkdir, rmdir, sync_dir, append, overwrite, read"""
     path: Path
     """What is operated on; for replace and link the new name."""
     source: Path | None = None
@@ -72,7 +73,7 @@ def _native(path: Path) -> str:
     text = str(path)
     if not WINDOWS or len(text) < 240 or text.startswith("\\\\?\\"):
         return text
-    text = os.path.abspath(text)  # noqa: PTH100  (Path.resolve would follow links and ask the disk)
+    text = os.path.abspath(text)
     return "\\\\?\\UNC\\" + text[2:] if text.startswith("\\\\") else "\\\\?\\" + text
 
 
@@ -95,7 +96,7 @@ def _patiently(operation: Callable[[], None], patience: float | None) -> None:
         pause = min(pause * 2, 0.5)
 
 
-class NewFile:
+class NewFile(io.RawIOBase):
     """A file that did not exist, written from front to back.
 
     Raises FileExistsError when the name is taken. Leaving the context closes the file; it does not sync it.
@@ -108,7 +109,10 @@ class NewFile:
             self._file = open(_native(path), "xb", buffering=0)  # noqa: SIM115
         self.size = 0
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         """Write all of `data`; a short write is continued."""
         view = memoryview(data).cast("B")
         with _observed("write", self.path, data=view, file=self._file):
@@ -120,6 +124,7 @@ class NewFile:
                     raise OSError(errno.EIO, "the disk took no bytes and gave no reason", str(self.path))
                 rest = rest[written:]
         self.size += len(view)
+        return len(view)
 
     def sync(self) -> None:
         """Return when the bytes are on the disk."""
@@ -128,15 +133,8 @@ class NewFile:
 
     def close(self) -> None:
         if not self._file.closed:
-            with _observed("close", self.path):
-                self._file.close()
-
-    def __enter__(self) -> NewFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Without the observer: leaving because of an error must not raise another one.
-        self._file.close()
+            self._file.close()
+        super().close()
 
 
 if sys.platform == "darwin":

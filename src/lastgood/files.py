@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from lastgood import disk
 from lastgood.errors import LastGoodError
 
 _COUNT = itertools.count()
+_BUFFER = 4 << 20
+# Bytes. torch.save writes in many pieces of a few bytes.
 
 
 def temporary_name(path: Path) -> Path:
@@ -23,7 +27,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".lastgood-{os.getpid()}-{next(_COUNT)}-{secrets.token_hex(4)}.tmp")
 
 
-def replace_file(path: Path, write: Callable[[disk.NewFile], None], *, patience: float | None = None) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], None], *, patience: float | None = None) -> None:
     """Write a file under a temporary name in the same directory, sync it, and put it in place of `path`.
 
     At every moment `path` is absent, the whole old file or the whole new one. When another program holds `path` open
@@ -36,9 +40,10 @@ def replace_file(path: Path, write: Callable[[disk.NewFile], None], *, patience:
     temporary = temporary_name(path)
     try:
         with disk.NewFile(temporary) as file:
-            write(file)
+            buffered = io.BufferedWriter(file, _BUFFER)
+            write(buffered)
+            buffered.flush()
             file.sync()
-            file.close()
     except BaseException:
         with contextlib.suppress(OSError):
             disk.remove(temporary, missing_ok=True, patience=0)
