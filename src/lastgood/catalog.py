@@ -1,0 +1,154 @@
+"""The checkpoints of a run: what their directory names say, which are committed, and which came from which.
+
+Newest is the highest (generation, step): a number that is counted up, never a clock. A generation begins where the
+checkpoint in its ``.base`` file ends, so the generations form branches, and falling back from a damaged checkpoint
+follows the branch that it is on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lastgood import disk, generation, shard
+from lastgood.errors import DamagedError
+from lastgood.manifest import MAX_BYTES, NAME, Chunk, Manifest, parse
+
+_DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """A directory of a checkpoint, by its name. The order is from old to new."""
+
+    generation: int
+    step: int
+    attempt: int
+    name: str
+    run: Path
+
+    @property
+    def path(self) -> Path:
+        return self.run / self.name
+
+    def is_committed(self) -> bool:
+        """Whether there is a manifest. Whether it is intact is another question."""
+        return disk.exists(self.path / NAME)
+
+
+def directory_name(step: int, number: int, attempt: int = 0) -> str:
+    """The name of a checkpoint's directory: ``step-00000500``, in a later generation ``step-00000500.g2``."""
+    if attempt:
+        return f"step-{step:08d}.g{number}.{attempt}"
+    return f"step-{step:08d}" + (f".g{number}" if number > 1 else "")
+
+
+def entry_of(run: Path, name: str) -> Entry | None:
+    """What a directory name says, or None where it is not a checkpoint's."""
+    match = _DIRECTORY.fullmatch(name)
+    if match is None:
+        return None
+    return Entry(int(match[2] or 1), int(match[1]), int(match[3] or 0), name, run)
+
+
+def entries(run: Path) -> list[Entry]:
+    """All checkpoint directories of a run, committed or not, from old to new."""
+    return sorted(entry for name in disk.names(run) if (entry := entry_of(run, name)) is not None)
+
+
+def committed(run: Path) -> list[Entry]:
+    """The committed checkpoints of a run, from old to new."""
+    return [entry for entry in entries(run) if entry.is_committed()]
+
+
+def newest(run: Path) -> Entry | None:
+    """The newest committed checkpoint; reads no more of the others than their names."""
+    return next((entry for entry in reversed(entries(run)) if entry.is_committed()), None)
+
+
+def lineage(start: Entry, known: Sequence[Entry], mirror: Path | None = None) -> Iterator[Entry]:
+    """`start` and what it came from, newest first, as far as it is among `known` (from old to new).
+
+    Within a generation the steps only grow; before its first one comes the base of the generation.
+    """
+    yield start
+    places = [start.run] + ([mirror] if mirror is not None else [])
+    number, step = start.generation, start.step
+    visited = {number}
+    while True:
+        earlier = [e for e in known if e.generation == number and e.step < step]
+        if earlier:
+            yield earlier[-1]
+            step = earlier[-1].step
+            continue
+        base = next((note for run in places if (note := generation.base(run, number)) is not None), None)
+        parent = None if base is None else entry_of(start.run, base)
+        if base == "" or (parent is not None and parent.generation in visited):
+            return
+        if parent is None:
+            # The note is lost (an old generation's, or a run restored from a backup): the newest earlier one, then.
+            before = [e for e in known if e.generation < number and e.step < step]
+            if not before:
+                return
+            parent = before[-1]
+        number, step = parent.generation, parent.step
+        visited.add(number)
+        match = [e for e in known if e.name == parent.name]
+        if match:
+            yield match[0]
+
+
+def read_manifest(entry: Entry) -> Manifest:
+    """The manifest of a committed checkpoint.
+
+    Raises:
+        DamagedError: it is missing, altered, or belongs to another directory.
+    """
+    path = entry.path / NAME
+    try:
+        data = disk.read_bytes(path, limit=MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    manifest = parse(data, str(path))
+    if (manifest.step, manifest.generation) != (entry.step, entry.generation):
+        raise DamagedError(
+            f"{path} is the manifest of step {manifest.step}, generation {manifest.generation}: "
+            f"it does not belong into {entry.name}"
+        )
+    return manifest
+
+
+def check_quick(entry: Entry) -> Manifest:
+    """The manifest, after the quick check: every shard is there and has its length. Raises DamagedError."""
+    manifest = read_manifest(entry)
+    for record in manifest.shards:
+        shard.check_size(entry.path / record.file, record)
+    return manifest
+
+
+def check_full(entry: Entry) -> Manifest:
+    """The manifest, after every byte of the checkpoint was read from the disk and checked. Raises DamagedError."""
+    manifest = check_quick(entry)
+    check_shards(entry, manifest)
+    return manifest
+
+
+def check_shards(entry: Entry, manifest: Manifest) -> None:
+    """Read every byte of every shard from the disk and check it. Raises DamagedError."""
+    chunks: list[list[tuple[str, Chunk]]] = [[] for _ in manifest.shards]
+    for name, tensor in manifest.tensors.items():
+        for chunk in tensor.chunks:
+            chunks[chunk.shard].append((name, chunk))
+    for record, parts in zip(manifest.shards, chunks, strict=True):
+        shard.check_full(entry.path / record.file, record, parts)
+
+
+def delete(entry: Entry) -> None:
+    """Delete a checkpoint: the manifest first, durably, so that half a checkpoint never looks like a whole one."""
+    disk.remove(entry.path / NAME, missing_ok=True)
+    disk.sync_dir(entry.path)
+    for name in disk.names(entry.path):
+        disk.remove(entry.path / name, missing_ok=True)
+    disk.remove_dir(entry.path)

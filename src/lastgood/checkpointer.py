@@ -1,0 +1,652 @@
+"""The one object that a training loop talks to."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from lastgood import catalog, commit, disk, generation, program, random_state, stop
+from lastgood.coordinate import World, detect_world
+from lastgood.errors import DamagedError, LastGoodError, PeerError, ReplacedError, SaveError
+from lastgood.handle import SaveHandle
+from lastgood.loop import Loop
+from lastgood.mirror import Copier, Mirror
+from lastgood.plan import structure
+from lastgood.restore import Restore, Restored
+from lastgood.retain import Keep, Retention
+from lastgood.session import Session
+from lastgood.snapshot import Snapshot
+from lastgood.state import Flattener, State
+
+_log = logging.getLogger("lastgood")
+_FAILURES = 3
+"""So many failed saves in a row, and ``save`` raises: the training is running without a net."""
+_EXIT_CODE = 74
+"""Of a program that ends although its last save failed and nobody asked (sysexits: input/output error)."""
+
+_live: weakref.WeakValueDictionary[Path, Checkpointer] = weakref.WeakValueDictionary()
+
+
+class Checkpointer:
+    """Saves the state of a training job and restores it, alike in one process and in many.
+
+    Every rank makes one, on the same directory and with the same arguments, and calls the same methods.
+
+    Args:
+        run: the run directory; made where it does not exist. All ranks must see the same one.
+        objects: what belongs to the state, by name (keyword arguments): modules (also in DDP or compiled), optimizers,
+            schedulers, scalers, samplers and whatever else has ``state_dict`` and ``load_state_dict``, torch generators,
+            tensors, dicts, lists and plain values.
+        keep: which checkpoints are kept.
+        every: :meth:`steps` saves after each so many steps.
+        minutes: :meth:`steps` saves after each so many minutes.
+        mirror: a second directory that receives copies, in the background.
+        gradients: save the gradients too: for saves inside an accumulation window.
+        replicated: patterns (fnmatch) of tensor names that are the same on every rank, beside what DDP holds.
+        local: patterns of tensor names of which every rank has its own.
+        leave_out: patterns of state paths that are not saved.
+        writers: how many ranks share the writing of replicated tensors; all by default.
+        deadline: seconds for which a save waits for a rank.
+        busy: what :meth:`save` does while the save before it is still being written: "wait" for it, or "skip" this one.
+        stop_code: exit code of the program when :meth:`steps` was asked to stop. 75 means "try again later" (sysexits).
+        group: name or number of a group that may read and write what is made (POSIX).
+        tensorboard: directory for scalars about the saves; needs the extra ``tensorboard``.
+        stale: seconds for which the heartbeat of a job on another machine must stand still before its run is taken.
+        rank: of this process, where neither the process group nor the launcher says it.
+        world_size: likewise.
+
+    Raises:
+        RunHeldError: another job uses the run.
+        PeerError: a rank did not come within `deadline`, or does not see the same directory.
+        LastGoodError: an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        *,
+        keep: Keep | None = None,
+        every: int | None = None,
+        minutes: float | None = None,
+        mirror: str | os.PathLike[str] | Mirror | None = None,
+        gradients: bool = False,
+        replicated: Sequence[str] = (),
+        local: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
+        writers: int | None = None,
+        deadline: float = 120.0,
+        busy: Literal["wait", "skip"] = "wait",
+        stop_code: int = 75,
+        group: str | int | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+        stale: float = generation.STALE_SECONDS,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **objects: Any,
+    ) -> None:
+        self.run = Path(run).absolute()
+        self.world = detect_world(rank, world_size)
+        self.keep = keep or Keep()
+        self.deadline = deadline
+        self.stop_file_seen = False
+        self.metrics: dict[str, float] = {}
+        """Values that the next save of :meth:`steps` records; change it freely."""
+        self._check_arguments(every, minutes, writers, deadline, busy)
+        self._every, self._minutes, self._busy, self._stop_code = every, minutes, busy, stop_code
+        self._objects: dict[str, Any] = dict(objects)
+        self._flattener = (replicated, local, leave_out)
+        self._gradients = gradients
+        self._flatten()  # What cannot be saved is refused now, not after hours of training.
+        self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
+        self._program, self._versions = program.describe(), program.versions()
+        self._snapshot = Snapshot(self.world.rank)
+        self._writers = tuple(range(min(writers or self.world.size, self.world.size)))
+        self._handle: SaveHandle | None = None
+        self._fingerprint: object = None
+        self._thread: threading.Thread | None = None
+        self._buffer_free = threading.Event()
+        self._buffer_free.set()
+        self._failures = 0
+        self._tries: dict[int, int] = {}
+        self._restores = 0
+        self._parent: str | None = None
+        self._last_step = -1
+        self._restored = False
+        self._closed = False
+        self._forked = False
+        show_log(self.world.rank)
+        former = _live.get(self.run)
+        if former is not None and not former._closed:
+            _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
+            former._abandon()
+        mirror_path = Path(self._mirror.path) if self._mirror else None
+        self._session = Session(self.run, self.world, deadline, mirror_path, _group(group), stale)
+        self.channel = self._session.channel
+        _live[self.run] = self
+        try:
+            self._begin(group, tensorboard)
+        except BaseException:
+            self._session.close()
+            self._closed = True
+            raise
+
+    def _begin(self, group: str | int | None, tensorboard: str | os.PathLike[str] | None) -> None:
+        self._events = program.Events(self.run, self.generation)
+        self._scalars = None
+        self._root: commit.Root | None = None
+        self._copier: Copier | None = None
+        holder = self._session.holder
+        if holder is None:
+            self._member = commit.Member(self.run, self.world, self.channel)
+            return
+        self._root = commit.Root(self.run, self.world, self.channel, holder, self._writers, _group(group))
+        self._retention = Retention(self.run, self.keep, holder, self._events.report)
+        self._session.clear_left_overs(self._events)
+        if self._mirror is not None:
+            self._copier = Copier(self.run, self._mirror, self.keep, holder, self._events)
+        if tensorboard is not None:
+            from lastgood.integrations.tensorboard import Scalars
+
+            self._scalars = Scalars(tensorboard)
+        if stop.withdraw(self.run):
+            _log.warning("%s held a stop file from before this job; it is removed", self.run)
+        self.channel.every(1.0, self._look_for_stop_file)
+
+    @staticmethod
+    def _check_arguments(
+        every: int | None, minutes: float | None, writers: int | None, deadline: float, busy: str
+    ) -> None:
+        for name, value in (("every", every), ("minutes", minutes), ("writers", writers), ("deadline", deadline)):
+            if value is not None and not value > 0:
+                raise LastGoodError(f"Checkpointer({name}={value!r}): it must be greater than 0")
+        if busy not in ("wait", "skip"):
+            raise LastGoodError(f'Checkpointer(busy={busy!r}): it is "wait" or "skip"')
+
+    # -- properties -----------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """The number of this life of the job."""
+        return self._session.generation
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last save or restore of this life."""
+        return self._last_step if self._last_step >= 0 else None
+
+    def __getitem__(self, name: str) -> Any:
+        """A registered object; for a plain value (a number, a string) its present value."""
+        return self._objects[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Register an object, or change a plain value."""
+        self._objects[name] = value
+
+    # -- restore --------------------------------------------------------------------------------------------------
+
+    def restore(self, step: int | Literal["best"] | None = None, *, strict: bool = True) -> int:
+        """Continue from a checkpoint: the newest that verifies, in the run or its mirror. Every rank calls it.
+
+        Args:
+            step: a step to roll back to, or "best" (by the metric of `keep`). The first save after a roll-back makes
+                what came after that step history.
+            strict: False loads what fits and reports the rest in the log.
+
+        Returns:
+            The step from which training goes on: 0 in a new run.
+
+        Raises:
+            DamagedError: there are checkpoints, but none verifies.
+            MismatchError: names, shapes or types differ; all are listed. Nothing was changed.
+            PeerError: a rank did not take part.
+        """
+        self._check_open()
+        self._finish_save()
+        key = f"restore/{self.generation}/{self._restores}"
+        self._restores += 1
+        began = time.monotonic()
+        mirror = Path(self._mirror.path) if self._mirror else None
+        restore = Restore(
+            self.run, mirror, self.world, self.channel, self._objects, strict, key, self._events.report
+        )
+        restored = restore.run_root(step, self.keep) if self._root else restore.run_member()
+        self._objects.update(restored.values)
+        self._settle(restored, key)
+        self._restored = True
+        if restored.entry is None or restored.manifest is None:
+            if self.world.rank == 0:
+                _log.info("%s is a new run: starting at step 0", self.run)
+            return 0
+        self._parent, self._last_step = restored.entry.name, restored.manifest.step
+        self._fingerprint, self._handle = None, None
+        self._restore_random(restored)
+        if self._root:
+            seconds = time.monotonic() - began
+            size = restored.manifest.tensor_bytes
+            self._events.write(
+                "restore", checkpoint=restored.entry.name, step=self._last_step, bytes=size, seconds=seconds
+            )
+            _log.info(
+                "restored step %d from %s (%s in %.2f s)", self._last_step, restored.entry.path, _size(size), seconds
+            )
+        return self._last_step
+
+    def _settle(self, restored: Restored, key: str) -> None:
+        """Agree on the generation that goes on from here, and note where it started."""
+        holder = self._session.holder
+        if holder is not None and self._root is not None:
+            name = restored.entry.name if restored.entry else ""
+            if restored.rolled_back or (self._parent is not None and self._parent != name):
+                self._session.advance()
+                self._events = program.Events(self.run, self.generation)
+            holder.set_base(name)
+            self._retention.verified = name or None
+            self.channel.post(f"{key}/generation", holder.number)
+        else:
+            self._session.generation = self.channel.receive(f"{key}/generation", time.monotonic() + self.deadline)
+
+    def _restore_random(self, restored: Restored) -> None:
+        manifest = restored.manifest
+        assert manifest is not None
+        if restored.random is not None:
+            for note in random_state.apply(restored.random):
+                _log.warning("random state: %s", note)
+            return
+        seed = random_state.derive(manifest.ranks[0].random, self.world.rank, self.world.size, manifest.step)
+        _log.warning(
+            "rank %d has no random state in this checkpoint (saved by %d ranks): it is seeded with %d, which follows "
+            "from rank 0's state, the rank and the step",
+            self.world.rank,
+            manifest.world_size,
+            seed,
+        )
+
+    # -- save -----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, *, metrics: dict[str, float] | None = None, blocking: bool = False) -> SaveHandle:
+        """Save the state as it is now. Every rank calls it; it returns as soon as the state is copied.
+
+        Args:
+            step: the number of steps done; it grows from save to save.
+            metrics: numbers to store with the checkpoint, by name; rank 0's count.
+            blocking: return only when the checkpoint is on the disk, or the save has failed.
+
+        Returns:
+            The handle of this save; ``handle.result()`` raises where it failed.
+
+        Raises:
+            SaveError: the last three saves failed.
+            LastGoodError: the state holds something that cannot be saved, or the step does not grow.
+        """
+        began = time.monotonic()
+        self._check_open()
+        self._check_step(step)
+        metrics = _numbers(self.metrics if metrics is None else metrics)
+        state = self._flatten(gradients=self._gradients)
+        fingerprint = _fingerprint(step, state)
+        if step == self._last_step and self._handle is not None and self._handle.state in ("pending", "committed"):
+            return self._same_again(step, fingerprint, blocking)
+        self.channel.post(f"here/{self.generation}", step)
+        handle = SaveHandle(step)
+        if self._busy == "skip" and not blocking and not self._buffer_free.is_set():
+            handle._decide("skipped", None, None)
+            _log.info("step %d is not saved: the save before it is still being written", step)
+            return handle
+        self._wait_for_save()
+        self._check_failures()
+        writers = self._root.writers if self._root else self._writers_announced()
+        self._snapshot.take(state.tensors, writers)
+        request = commit.Request(
+            step=step,
+            tries=self._tries.get(step, 0),
+            objects=state.objects,
+            kinds=state.kinds,
+            random=random_state.capture(),
+            metrics=metrics,
+            program=self._program,
+            versions=self._versions,
+            parent=self._parent,
+            tensors=state.tensors,
+            layout=self._snapshot.layout,
+            buffer=self._snapshot.view,
+            deadline=self.deadline,
+        )
+        self._tries = {step: self._tries.get(step, 0) + 1}
+        self._last_step, self._fingerprint, self._handle = step, fingerprint, handle
+        self._buffer_free.clear()
+        handle.stall = time.monotonic() - began
+        # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
+        arguments = (request, handle, self._thread)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="lastgood-save")
+        self._thread.start()
+        if blocking:
+            handle.wait()
+        return handle
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk. Raises SaveError where it failed."""
+        if self._handle is not None:
+            self._handle.result()
+
+    def _check_step(self, step: int) -> None:
+        if type(step) is not int or step < 0:
+            raise LastGoodError(f"save(step={step!r}): a step is a whole number of steps done, 0 or more")
+        if step < self._last_step:
+            raise LastGoodError(
+                f"save(step={step}): this job was at step {self._last_step} already, and steps grow. To go back, call "
+                f"restore(step={step})."
+            )
+        if not self._restored:
+            found = catalog.newest(self.run)
+            if found is not None and self._last_step < 0:
+                raise LastGoodError(
+                    f"{self.run} already has checkpoints, up to step {found.step}: call restore() before the first "
+                    "save, so that the job continues from them, or use another directory to start anew."
+                )
+
+    def _same_again(self, step: int, fingerprint: object, blocking: bool) -> SaveHandle:
+        """A step that is saved twice: the first save serves, when nothing has changed since."""
+        assert self._handle is not None
+        if fingerprint != self._fingerprint:
+            raise LastGoodError(
+                f"save(step={step}): this step was already saved, and the state has changed since. Count the steps up, "
+                "or save each one once."
+            )
+        if blocking:
+            self._handle.wait()
+        return self._handle
+
+    def _check_failures(self) -> None:
+        if self._failures >= _FAILURES:
+            assert self._handle is not None
+            self._handle.seen = True
+            raise SaveError(
+                f"the last {self._failures} saves failed; the last reason: {self._handle.error}. Training goes on "
+                "without a net: repair the cause, or catch this error to go on all the same."
+            ) from self._handle.error
+
+    def _writers_announced(self) -> tuple[int, ...]:
+        announced = self.channel.peek("writers", 0)
+        return self._writers if announced is None else tuple(announced)
+
+    def _wait_for_save(self) -> None:
+        """Wait until the host buffer is free again; rank 0 stops waiting for ranks that did not come to that save."""
+        if self._root is not None:
+            self._root.hurried = True
+            self.channel.nudge()
+        began = time.monotonic()
+        # The save has its own deadlines for the other ranks; what can exceed them is a disk that hangs.
+        if not self._buffer_free.wait(4 * self.deadline):
+            raise SaveError(
+                f"the save of step {self._last_step} is still being written after {4 * self.deadline:.0f} s: the disk "
+                f"of {self.run} hangs. Training goes on when this error is caught."
+            )
+        waited = time.monotonic() - began
+        if waited > 1.0:
+            _log.warning(
+                "training waited %.1f s for the save before this one: save less often, or pass busy='skip'", waited
+            )
+
+    def _finish_save(self) -> None:
+        """Wait until the save under way is over, with what follows it."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
+        """The background part of a save."""
+        if before is not None:
+            before.join()  # The one before may still be deleting.
+        began = time.monotonic()
+        try:
+            done = self._root.save(request, self._make_room) if self._root else self._follow(request)
+        except BaseException as error:
+            self._failures += 1
+            known = not isinstance(error, PeerError)
+            _log.error("step %d was not saved: %s", request.step, error)
+            if self._root:
+                self._events.write("save-failed", step=request.step, why=str(error))
+            self._buffer_free.set()
+            handle._decide("failed" if known else "unknown", None, error)
+            return
+        self._failures = 0
+        self._parent = done.path.name
+        self._buffer_free.set()
+        handle._decide("committed", done.path, None)
+        if self._root:
+            self._after(request, handle, done, time.monotonic() - began)
+
+    def _follow(self, request: commit.Request) -> commit.Committed:
+        try:
+            return self._member.save(request, self.generation)
+        except PeerError as error:
+            # Rank 0 is silent. If it had committed before, the disk says so.
+            name = self._member.directory
+            entry = catalog.entry_of(self.run, name) if name else None
+            if entry is not None and entry.is_committed():
+                manifest = catalog.read_manifest(entry)
+                if manifest.attempt == self._member.attempt:
+                    return commit.Committed(entry.path, manifest.tensor_bytes)
+            raise PeerError(f"nobody can say whether step {request.step} was saved: {error}") from error
+
+    def _make_room(self, needed: int) -> None:
+        """Raise SaveError when the disk cannot take a save, after retention has given back what it may."""
+        if disk.free_bytes(self.run) >= needed:
+            return
+        self._retention.make_room(needed, lambda: disk.free_bytes(self.run))
+        free = disk.free_bytes(self.run)
+        if free < needed:
+            raise SaveError(
+                f"{self.run} has {_size(free)} left, and the save needs {_size(needed)}. Nothing was written, and the "
+                "last good checkpoint stays. Free some space, or keep fewer checkpoints (Keep)."
+            )
+
+    def _after(self, request: commit.Request, handle: SaveHandle, done: commit.Committed, seconds: float) -> None:
+        """Rank 0, after a commit: say so, copy, clean up."""
+        deleted: list[str] = []
+        try:
+            entry = catalog.entry_of(self.run, done.path.name)
+            assert entry is not None
+            deleted = self._retention.apply(entry)
+        except ReplacedError as error:
+            _log.error("%s", error)
+        except (LastGoodError, OSError) as error:
+            kind = "reads back damaged" if isinstance(error, DamagedError) else "retention failed"
+            _log.error("step %d: %s: %s. Nothing was deleted.", request.step, kind, error)
+            self._events.write("retention-failed", step=request.step, why=str(error))
+        self._events.write(
+            "save",
+            checkpoint=done.path.name,
+            step=request.step,
+            bytes=done.bytes,
+            stall=handle.stall,
+            seconds=seconds,
+            missing=list(done.missing),
+            metrics=request.metrics,
+            deleted=deleted,
+        )
+        _log.info(
+            "saved step %d: %s in %.2f s (%s/s), training held up %.1f ms%s",
+            request.step,
+            _size(done.bytes),
+            seconds,
+            _size(int(done.bytes / max(seconds, 1e-9))),
+            handle.stall * 1e3,
+            f", deleted {', '.join(deleted)}" if deleted else "",
+        )
+        if self._scalars is not None:
+            self._scalars.write(request.step, done.bytes, seconds, handle.stall)
+        if self._copier is not None:
+            self._copier.notify()
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def steps(
+        self, total: int | None = None, *, every: int | None = None, minutes: float | None = None
+    ) -> Iterator[int]:
+        """The training loop: restores, yields the number of each step to do, saves on schedule and at the end.
+
+        On SIGTERM, SIGINT, SIGUSR1, on Windows CTRL_BREAK, and when ``lastgood stop RUN`` was called, it finishes the
+        step, all ranks save at the same one, and the program ends with the exit code `stop_code`. A second signal ends
+        it at once.
+
+        Args:
+            total: number of steps of the whole training; None goes on until it is stopped.
+            every: save after each so many steps; by default what the Checkpointer was given.
+            minutes: save after each so many minutes, likewise.
+        """
+        start = max(self._last_step, 0) if self._restored else self.restore()
+        return Loop(self, every or self._every, minutes or self._minutes).run(start, total)
+
+    def stop(self, step: int, reason: str) -> None:
+        """End the program as :meth:`steps` does when it is asked to: close, and exit with `stop_code`."""
+        if self.world.rank == 0:
+            stop.withdraw(self.run)
+            self._events.write("stop", step=step, why=reason)
+        self.close()
+        raise SystemExit(self._stop_code)
+
+    def _look_for_stop_file(self) -> None:
+        self.stop_file_seen = self.stop_file_seen or stop.is_asked(self.run)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for the save under way, give the run back, and raise what failed. May be called twice."""
+        if self._closed or self._forked:
+            return
+        self._finish_save()
+        self._closed = True
+        if self._root is not None:
+            self._root.clear()
+        if self._copier is not None and not self._copier.close(self.deadline):
+            _log.warning("the mirror is not up to date: %s", self._mirror.path if self._mirror else "")
+        if self._scalars is not None:
+            self._scalars.close()
+        self._session.close()
+        _live.pop(self.run, None)
+        handle = self._handle
+        if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
+            handle.result()
+
+    def _abandon(self) -> None:
+        """Close without raising: another Checkpointer of this process takes the run."""
+        try:
+            self.close()
+        except LastGoodError as error:
+            _log.error("%s", error)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
+        if value is None:
+            self.close()
+        else:
+            # The program's own error is the one to show.
+            self._abandon()
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _flatten(self, gradients: bool = False) -> State:
+        replicated, local, leave_out = self._flattener
+        flattener = Flattener(
+            self._objects, world_size=self.world.size, replicated=replicated, local=local, leave_out=leave_out
+        )
+        return flattener.flatten(gradients=gradients)
+
+    def _check_open(self) -> None:
+        if self._forked:
+            raise LastGoodError(
+                "this process was forked from the one that made the Checkpointer (a data loader's worker?); only the "
+                "training process itself can save and restore"
+            )
+        if self._closed:
+            raise LastGoodError("the Checkpointer is closed")
+
+
+def _fingerprint(step: int, state: State) -> object:
+    """What shows whether a state has changed since: a sign, not a proof."""
+    versions = tuple((name, t.tensor.data_ptr(), t.tensor._version) for name, t in state.tensors.items())
+    return step, versions, structure(state.tensors)
+
+
+def _numbers(metrics: dict[str, float]) -> dict[str, float]:
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise LastGoodError(f"metrics[{name!r}] is {value!r}: a metric is one number") from error
+    return numbers
+
+
+def _group(group: str | int | None) -> int | None:
+    if group is None or isinstance(group, int):
+        return group
+    if disk.WINDOWS:
+        raise LastGoodError("group= names a POSIX group; on Windows, set the permissions of the run directory")
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise LastGoodError(f"there is no group {group!r} on this machine") from error
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def show_log(rank: int) -> None:
+    """Show the log on standard error where the program has not set up logging itself: saves are to be seen."""
+    if not _log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s lastgood: %(message)s", "%H:%M:%S"))
+        handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        _log.addHandler(handler)
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
+
+
+def _at_exit() -> None:
+    """The program ends without close(): give the runs back, and be loud where a promise was not kept."""
+    failed = None
+    for checkpointer in list(_live.values()):
+        if not checkpointer._closed and not checkpointer._forked:
+            try:
+                checkpointer.close()
+            except LastGoodError as error:
+                failed = error
+    if failed is not None:
+        print(f"lastgood: the program ends, and its last save failed: {failed}", file=sys.stderr)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_EXIT_CODE)
+
+
+def _after_fork() -> None:
+    """In a forked child: let go of the connections, and refuse to act for the parent."""
+    for checkpointer in list(_live.values()):
+        checkpointer._forked = True
+        checkpointer.channel.abandon()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

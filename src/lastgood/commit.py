@@ -1,0 +1,503 @@
+"""The two-phase commit. A step is committed once for the whole job, when every byte of it is durable.
+
+Rank 0 announces the attempt; every rank writes its part, syncs it and reports; rank 0 checks the reports, writes what
+is missing and can be written from its own copy, makes the names durable, and puts the manifest in place. The manifest
+is the commit: before it there is no checkpoint, after it the checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lastgood import catalog, disk
+from lastgood.coordinate import Channel, World
+from lastgood.errors import LastGoodError, SaveError
+from lastgood.generation import Holder
+from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
+from lastgood.plan import Layout, structure
+from lastgood.shard import Piece
+from lastgood.shard import write as write_shard
+from lastgood.state import LocalTensor, Placement
+from lastgood.values import Json
+
+_log = logging.getLogger("lastgood")
+_MARGIN = 4 << 20
+"""Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
+_RETRY_WIDTH = 8
+"""Saves after which a writer that was left out is tried again."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One rank's part in a save: everything is in host memory, and nothing of it changes any more."""
+
+    step: int
+    tries: int
+    """How often this rank tried to save this step before."""
+    objects: dict[str, Json]
+    kinds: dict[str, str]
+    random: Json
+    metrics: dict[str, float]
+    program: dict[str, Json]
+    versions: dict[str, str]
+    parent: str | None
+    tensors: dict[str, LocalTensor]
+    """Only their names, placements and shapes are read: the values have gone on."""
+    layout: Layout
+    buffer: memoryview
+    deadline: float
+    """Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a save came to."""
+
+    path: Path
+    bytes: int
+    """Of the whole checkpoint, over all ranks."""
+    missing: tuple[int, ...] = ()
+    """Ranks that took no part: their replicated bytes are rank 0's, their random state is not in the checkpoint."""
+
+
+class Member:
+    """A rank other than 0 in a save."""
+
+    def __init__(self, run: Path, world: World, channel: Channel) -> None:
+        self._run, self._world, self._channel = run, world, channel
+        self.directory = ""
+        """Name of the directory of the last attempt, and the attempt: to look for when rank 0 falls silent."""
+        self.attempt = ""
+
+    def save(self, request: Request, generation: int) -> Committed:
+        """Take part in a save. Runs in the background.
+
+        Raises:
+            SaveError: the save was given up.
+            PeerError: rank 0 fell silent; whether there is a checkpoint is for the disk to say.
+        """
+        prefix = f"save/{generation}/{request.step}/{request.tries}/"
+        self.directory = self.attempt = ""
+        call = self._channel.receive(prefix + "call", time.monotonic() + request.deadline)
+        self.directory, self.attempt = call["name"], call["attempt"]
+        report: dict[str, Json] = {"random": request.random}
+        try:
+            report.update(self._write(request, call))
+        except Exception as error:
+            report["error"] = f"{type(error).__name__}: {error}"
+        self._channel.post(prefix + "report", report)
+        # Rank 0 has its own deadline and then still has to write: it is given as much again, twice over.
+        outcome = self._channel.receive(prefix + "outcome", time.monotonic() + 3 * request.deadline)
+        self._channel.forget(prefix)
+        if "failed" in outcome:
+            raise SaveError(outcome["failed"])
+        return Committed(self._run / call["name"], outcome["bytes"], tuple(outcome["missing"]))
+
+    def _write(self, request: Request, call: Json) -> Json:
+        layout, rank = request.layout, self._world.rank
+        if structure(request.tensors) != call["structure"]:
+            return {"structure": _describe(request.tensors)}
+        directory = self._run / call["name"]
+        _await_directory(directory, request.deadline)
+        files = []
+        answer: dict[str, Json] = {}
+        if list(layout.writers) == call["writers"]:
+            try:
+                answer["share"] = _write_file(directory / f"{rank:05d}.safetensors", layout.share, request.buffer)
+            except OSError as error:
+                answer["refused"] = str(error)
+        theirs = call["compare"]
+        differing = [
+            piece
+            for piece in layout.compare
+            if theirs.get(piece.name) != _digest(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
+        ]
+        own = [*layout.own, *differing]
+        if own:
+            files.append(_write_file(directory / f"{rank:05d}-own.safetensors", own, request.buffer))
+        answer["own"] = files
+        answer["local"] = {piece.name: piece.label for piece in own if piece.label != piece.name}
+        answer["objects"] = {
+            name: tree for name, tree in request.objects.items() if call["objects"].get(name) != _tree_digest(tree)
+        }
+        return answer
+
+
+class Root:
+    """Rank 0 in a save."""
+
+    def __init__(
+        self, run: Path, world: World, channel: Channel, holder: Holder, writers: Sequence[int], group: int | None
+    ) -> None:
+        self._run, self._world, self._channel, self._holder, self._group = run, world, channel, holder, group
+        self._all_writers = tuple(writers)
+        self._left_out: dict[int, int] = {}
+        """Writers that could not write, and in how many saves they are tried again."""
+        self._absent: set[int] = set()
+        """Ranks that did not come to a save although they live."""
+        self._reported: dict[int, Json] = {}
+        """What each rank alone had, by its last report."""
+        self._litter: list[tuple[Path, str, set[int]]] = []
+        """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
+        self._attempts: dict[int, int] = {}
+        self._prefixes: list[str] = []
+        self.hurried = False
+        """Set when the training asks for the next save: who has not come to this one by now will not come."""
+
+    @property
+    def writers(self) -> tuple[int, ...]:
+        """The ranks that share the writing of the next save."""
+        return tuple(writer for writer in self._all_writers if writer not in self._left_out) or (0,)
+
+    def save(self, request: Request, make_room: Callable[[int], None]) -> Committed:
+        """Save and commit. Runs in the background.
+
+        Args:
+            make_room: raises SaveError when the disk cannot take so many bytes.
+
+        Raises:
+            SaveError: the save was given up; the reason names the rank, file or disk that it was.
+            ReplacedError: a later job holds the run.
+        """
+        self.hurried = False
+        prefix = f"save/{self._holder.number}/{request.step}/{request.tries}/"
+        name: str | None = None
+        try:
+            self._holder.check()
+            self.clear()
+            make_room(request.layout.size + _MARGIN)
+            name = self._make_directory(request.step)
+            result = self._save(request, prefix, name)
+        except BaseException as error:
+            reason = str(error) if isinstance(error, LastGoodError) else f"{type(error).__name__}: {error}"
+            self._channel.post(prefix + "outcome", {"failed": reason})
+            if name is not None:
+                self._litter.append((self._run / name, prefix, self._channel.connected))
+                self.clear()
+            if isinstance(error, LastGoodError):
+                raise
+            raise SaveError(
+                f"step {request.step} was not saved: {reason}. The checkpoints before it are untouched."
+            ) from error
+        outcome = {"bytes": result.bytes, "missing": list(result.missing)}
+        self._channel.post(prefix + "outcome", outcome)
+        self._prefixes.append(prefix)
+        for old in self._prefixes[:-2]:
+            self._channel.forget(old)
+        del self._prefixes[:-2]
+        return result
+
+    def _make_directory(self, step: int) -> str:
+        while True:
+            name = catalog.directory_name(step, self._holder.number, self._attempts.get(step, 0))
+            self._attempts = {step: self._attempts.get(step, 0) + 1}
+            try:
+                disk.make_dir(self._run / name)
+            except FileExistsError:
+                continue
+            if self._group is not None:
+                disk.give_to_group(self._run / name, self._group)
+            return name
+
+    def _save(self, request: Request, prefix: str, name: str) -> Committed:
+        layout, directory = request.layout, self._run / name
+        attempt = secrets.token_hex(8)
+        others = self._expected(request.step)
+        call = {
+            "name": name,
+            "attempt": attempt,
+            "writers": list(layout.writers),
+            "structure": structure(request.tensors),
+            "compare": {
+                piece.name: _digest(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
+                for piece in (layout.compare if self._world.size > 1 else ())
+            },
+            "objects": {name: _tree_digest(tree) for name, tree in request.objects.items()}
+            if self._world.size > 1
+            else {},
+        }
+        self._channel.post(prefix + "call", call)
+        until = time.monotonic() + request.deadline
+        files = [_write_file(directory / "00000.safetensors", layout.share, request.buffer)]
+        expected_shares = {
+            writer: [[p.label, list(p.offsets), list(p.shape), _digest(p, request.buffer)] for p in pieces]
+            for writer, pieces in layout.others.items()
+        }
+        here = f"here/{self._holder.number}"
+        reports = self._channel.collect(
+            prefix + "report",
+            others,
+            until,
+            lambda rank: self.hurried and (self._channel.peek(here, rank) or -1) < request.step,
+        )
+        for rank in self._absent:
+            if (late := self._channel.peek(prefix + "report", rank)) is not None:
+                reports[rank] = late
+        missing = tuple(rank for rank in range(1, self._world.size) if rank not in reports)
+        self._judge(request, reports, missing)
+        for writer, expected in expected_shares.items():
+            share = self._accept(directory, writer, reports.get(writer), expected, layout.writers)
+            if share is None:
+                pieces = layout.others[writer]
+                share = _write_file(directory / f"{writer:05d}-by-0.safetensors", pieces, request.buffer)
+            files.append(share)
+        for rank, report in sorted(reports.items()):
+            for file in report["own"]:
+                self._see(directory, rank, file)
+                files.append(file)
+        manifest = self._manifest(request, attempt, reports, files)
+        self._commit(directory, manifest)
+        self._reported.update(
+            {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
+        )
+        self._widen()
+        return Committed(directory, manifest.tensor_bytes, missing)
+
+    def _expected(self, step: int) -> list[int]:
+        """The other ranks to wait for: those that live, and did not stay away from the last save."""
+        here = f"here/{self._holder.number}"
+        self._absent = {rank for rank in self._absent if (self._channel.peek(here, rank) or -1) < step}
+        return [rank for rank in range(1, self._world.size) if rank not in self._absent]
+
+    def _judge(self, request: Request, reports: dict[int, Json], missing: tuple[int, ...]) -> None:
+        """Raise SaveError where bytes are lost; otherwise say who did not come, once."""
+        for rank, report in reports.items():
+            if "structure" in report:
+                raise SaveError(
+                    f"step {request.step} was not saved: rank {rank} has another structure than rank 0. "
+                    + _difference(_describe(request.tensors), report["structure"], rank)
+                )
+            if "error" in report:
+                raise SaveError(
+                    f"step {request.step} was not saved: rank {rank} could not write what only it has: "
+                    f"{report['error']}. The checkpoints before it are untouched."
+                )
+        for rank in missing:
+            why = self._channel.why_gone(rank)
+            fate = f"is gone ({why})" if why else f"did not come within {request.deadline:.0f} s"
+            alone = [n for n, t in request.tensors.items() if t.placement in (Placement.LOCAL, Placement.SHARDED)]
+            before = self._reported.get(rank, {})
+            alone += [*before.get("local", ()), *before.get("objects", ())]
+            if alone:
+                raise SaveError(
+                    f"step {request.step} was not saved: rank {rank} {fate}, and with it what only it had "
+                    f"({_some(alone)}). The checkpoints before it are untouched."
+                )
+            if why is None and rank not in self._absent:
+                _log.warning(
+                    "rank %d did not call save(%d). All ranks should call save, not only rank 0: without them the "
+                    "checkpoint holds rank 0's state, and no random state of rank %d. It is not waited for any more.",
+                    rank,
+                    request.step,
+                    rank,
+                )
+                self._absent.add(rank)
+            elif why is not None:
+                _log.warning("rank %d %s; rank 0 completes step %d alone", rank, fate, request.step)
+
+    def _accept(
+        self, directory: Path, writer: int, report: Json | None, expected: Json, planned: tuple[int, ...]
+    ) -> Json | None:
+        """A writer's share as it reported it, or None where rank 0 has to write it."""
+        if report is None:
+            return None
+        if "refused" in report:
+            self._leave_out(writer, report["refused"])
+            return None
+        share = report.get("share")
+        if share is None:
+            return None
+        wrong = [
+            got[0]
+            for got, own in zip(share["pieces"], expected, strict=True)
+            if [got[0], got[3], got[4], got[7]] != own
+        ]
+        if wrong:
+            _log.warning(
+                "the replicas have drifted apart: %s differ between rank 0 and rank %d. Rank 0's are saved. Look for a "
+                "rank that skips steps, or for weights that are changed outside of DDP.",
+                _some(wrong),
+                writer,
+            )
+            return None
+        try:
+            self._see(directory, writer, share)
+        except SaveError as error:
+            self._leave_out(writer, str(error))
+            return None
+        return share
+
+    def _widen(self) -> None:
+        """Try left-out writers again after a while."""
+        before = self.writers
+        self._left_out = {writer: saves - 1 for writer, saves in self._left_out.items() if saves > 1}
+        if self.writers != before:
+            self._channel.post("writers", list(self.writers))
+            _log.info("the writing is shared among ranks %s again", list(self.writers))
+
+    def _leave_out(self, writer: int, why: str) -> None:
+        self._left_out[writer] = _RETRY_WIDTH
+        self._channel.post("writers", list(self.writers))
+        _log.warning(
+            "rank %d could not write its share (%s): rank 0 wrote it, and the next %d saves do without that writer",
+            writer,
+            why,
+            _RETRY_WIDTH,
+        )
+
+    @staticmethod
+    def _see(directory: Path, rank: int, file: Json) -> None:
+        """Raise SaveError when a file that a rank reported is not the one that rank 0 sees."""
+        path = directory / str(file["file"])
+        try:
+            size: int | str = disk.file_size(path)
+        except OSError as error:
+            size = str(error)
+        if size != file["size"]:
+            raise SaveError(
+                f"rank {rank} wrote {path} ({file['size']} bytes), but rank 0 sees there: {size}. The ranks do not see "
+                "the same disk."
+            )
+
+    def _manifest(self, request: Request, attempt: str, reports: dict[int, Json], files: list[Json]) -> Manifest:
+        tensors: dict[str, tuple[str, tuple[int, ...], list[Chunk]]] = {}
+        shards = []
+        for index, file in enumerate(files):
+            shards.append(ShardRecord(file["file"], file["size"], file["header_size"], file["header_checksum"]))
+            for label, dtype, whole, offsets, shape, begin, end, digest in file["pieces"]:
+                chunk = Chunk(index, begin, end, digest, tuple(offsets), tuple(shape))
+                tensors.setdefault(label, (dtype, tuple(whole), []))[2].append(chunk)
+        ranks = {0: RankRecord(request.random)}
+        for rank in range(1, self._world.size):
+            report = reports.get(rank)
+            ranks[rank] = (
+                RankRecord(None) if report is None else RankRecord(report["random"], report["objects"], report["local"])
+            )
+        return Manifest(
+            step=request.step,
+            generation=self._holder.number,
+            attempt=attempt,
+            parent=request.parent,
+            time=time.time(),
+            world_size=self._world.size,
+            metrics=request.metrics,
+            versions=request.versions,
+            program=request.program,
+            objects=request.objects,
+            kinds=request.kinds,
+            tensors={
+                name: TensorRecord(dtype, shape, tuple(chunks)) for name, (dtype, shape, chunks) in tensors.items()
+            },
+            ranks=ranks,
+            shards=tuple(shards),
+        )
+
+    def _commit(self, directory: Path, manifest: Manifest) -> None:
+        data = manifest.to_bytes()
+        # What we could not read back ourselves is not committed: a hole left by a lost rank shows here.
+        parse(data, str(directory / NAME))
+        temporary = directory / (NAME + ".tmp")
+        with disk.NewFile(temporary) as file:
+            file.write(data)
+            file.sync()
+        # The names of the shards and of the directory itself must be on the disk before the commit is.
+        disk.sync_dir(directory)
+        disk.sync_dir(self._run)
+        if self._group is not None:
+            for name in disk.names(directory):
+                disk.give_to_group(directory / name, self._group)
+        self._holder.check()
+        disk.replace(temporary, directory / NAME)
+        disk.sync_dir(directory)
+
+    def clear(self) -> None:
+        """Delete the directories of failed attempts into which nobody writes any more."""
+        left = []
+        for path, prefix, ranks in self._litter:
+            busy = {
+                rank
+                for rank in ranks
+                if rank in self._channel.connected and self._channel.peek(prefix + "report", rank) is None
+            }
+            if busy:
+                left.append((path, prefix, busy))
+                continue
+            try:
+                self._holder.check()
+                remove_directory(path)
+                self._channel.forget(prefix)
+            except (OSError, LastGoodError) as error:
+                _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", path, error)
+                left.append((path, prefix, set()))
+        self._litter = left
+
+
+def remove_directory(path: Path) -> None:
+    """Delete an uncommitted attempt."""
+    for name in disk.names(path):
+        disk.remove(path / name, missing_ok=True)
+    disk.remove_dir(path)
+
+
+def _await_directory(path: Path, seconds: float) -> None:
+    """A network file system may show a new directory late. Raises FileNotFoundError after `seconds`."""
+    end = time.monotonic() + seconds
+    while not disk.exists(path):
+        if time.monotonic() > end:
+            raise FileNotFoundError(f"{path}, which rank 0 made, is not visible here: another disk?")
+        time.sleep(0.01)
+
+
+def _write_file(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> Json:
+    """Write a shard; returns its record as it travels in a report."""
+    record, digests = write_shard(path, pieces, buffer)
+    rows, at = [], record.header_size
+    for piece, digest in zip(pieces, digests, strict=True):
+        shape, whole = list(piece.shape), list(piece.tensor_shape)
+        rows.append([piece.label, piece.dtype, whole, list(piece.offsets), shape, at, at + piece.size, digest])
+        at += piece.size
+    return {
+        "file": record.file,
+        "size": record.size,
+        "header_size": record.header_size,
+        "header_checksum": record.header_checksum,
+        "pieces": rows,
+    }
+
+
+def _digest(piece: Piece, buffer: memoryview) -> str:
+    return checksum(buffer[piece.at : piece.at + piece.size])
+
+
+def _tree_digest(tree: Json) -> str:
+    return checksum(json.dumps(tree, separators=(",", ":")).encode())
+
+
+def _describe(tensors: dict[str, LocalTensor]) -> dict[str, str]:
+    """The replicated tensors in words, to say where two ranks differ."""
+    return {
+        name: f"{str(t.tensor.dtype).removeprefix('torch.')} {list(t.shape)}"
+        for name, t in tensors.items()
+        if t.placement is Placement.REPLICATED
+    }
+
+
+def _difference(mine: dict[str, str], theirs: dict[str, str], rank: int) -> str:
+    parts = [f"only rank 0 has {_some(only)}" for only in [[n for n in mine if n not in theirs]] if only]
+    parts += [f"only rank {rank} has {_some(only)}" for only in [[n for n in theirs if n not in mine]] if only]
+    parts += [
+        f"{name} is {mine[name]} on rank 0 and {theirs[name]} on rank {rank}"
+        for name in [n for n in mine if n in theirs and mine[n] != theirs[n]][:5]
+    ]
+    return "; ".join(parts or ["the order of the tensors differs"]) + "."
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,243 @@
+"""Who holds a run. A job takes it by creating the next generation's file, which only one can do.
+
+    runs/voice/
+      lock                         held through the operating system while the job lives (same machine: decisive)
+      generations/00000003.json    who holds it, and how its ranks reach rank 0
+      generations/00000003.beat    a counter that grows while the job lives (another machine: watch it)
+      generations/00000003.base    the checkpoint that this life started from
+      generations/00000003.end     the job gave the run back
+
+No decision depends on a clock that two machines would have to share, on a process id, or on a host name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+
+from lastgood import disk
+from lastgood.coordinate import World, machine_id
+from lastgood.errors import LastGoodError, ReplacedError, RunHeldError
+from lastgood.files import replace_file
+from lastgood.values import Json
+
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 60.0
+"""A job on another machine whose counter has stood still for so long is taken for gone."""
+
+_RECORD = re.compile(r"(\d{8,})\.json")
+_KEEP_RECORDS = 16
+_READ_LIMIT = 1 << 20
+
+
+def generations(run: Path) -> list[int]:
+    """The numbers that were taken, ascending."""
+    found = (_RECORD.fullmatch(name) for name in disk.names(run / "generations"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def highest_note(run: Path) -> int:
+    """The highest generation of which a note of its base is there: all that a mirror has of them."""
+    found = (re.fullmatch(r"(\d{8,})\.base", name) for name in disk.names(run / "generations"))
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def record(run: Path, number: int) -> Json | None:
+    """What a generation's file says, or None while it is being written."""
+    try:
+        return json.loads(disk.read_bytes(_path(run, number, "json"), limit=_READ_LIMIT))
+    except (OSError, ValueError):
+        return None
+
+
+def base(run: Path, number: int) -> str | None:
+    """The directory name of the checkpoint that a generation started from, "" for a fresh start, None if unknown."""
+    try:
+        return disk.read_bytes(_path(run, number, "base"), limit=1000).decode("ascii", "replace")
+    except (OSError, ValueError):
+        return None
+
+
+def _path(run: Path, number: int, kind: str) -> Path:
+    return run / "generations" / f"{number:08d}.{kind}"
+
+
+class Holder:
+    """The hold of this process (rank 0 of its job) on a run."""
+
+    def __init__(self, run: Path, number: int, lock: disk.FileLock, group: int | None) -> None:
+        self.run = run
+        self.number = number
+        self._lock = lock
+        self._group = group
+        self._beats = 0
+
+    @classmethod
+    def take(
+        cls,
+        run: Path,
+        world: World,
+        invitation: Json,
+        *,
+        at_least: int = 1,
+        group: int | None = None,
+        stale: float = STALE_SECONDS,
+    ) -> Holder:
+        """Take the run.
+
+        Args:
+            run: its directory; it exists.
+            invitation: how the other ranks reach this process; goes into the generation's file.
+            at_least: the lowest number that the generation may have.
+            stale: seconds of standing still after which a holder on another machine is taken for gone.
+
+        Raises:
+            RunHeldError: another job holds it, or took it first.
+        """
+        directory = run / "generations"
+        disk.make_dirs(directory)
+        lock = disk.FileLock.try_acquire(run / "lock")
+        taken = generations(run)
+        last = taken[-1] if taken else 0
+        who = record(run, last) if last else None
+        ended = last and disk.exists(_path(run, last, "end"))
+        if lock is None:
+            raise RunHeldError(_held(run, who))
+        if last and not ended and (who is None or who.get("machine") != machine_id()):
+            # On this machine the lock has just decided. For another one it may mean nothing.
+            try:
+                _watch(run, last, who, stale)
+            except BaseException:
+                lock.release()
+                raise
+        number = max(last + 1, at_least)
+        me = {
+            "host": socket.gethostname(),
+            "machine": machine_id(),
+            "pid": os.getpid(),
+            "started": time.time(),
+            "command": " ".join(sys.argv)[:500],
+            "world_size": world.size,
+            **invitation,
+        }
+        try:
+            with disk.NewFile(_path(run, number, "json")) as file:
+                file.write(json.dumps(me).encode())
+                file.sync()
+        except FileExistsError:
+            lock.release()
+            raise RunHeldError(_held(run, record(run, number))) from None
+        disk.sync_dir(directory)
+        holder = cls(run, number, lock, group)
+        if group is not None:
+            disk.give_to_group(directory, group)
+        holder.beat()
+        holder._forget_old(taken)
+        return holder
+
+    def advance(self, world: World, invitation: Json) -> None:
+        """Begin the next generation of the same job: after a roll-back the old branch is history."""
+        self.check()
+        number = self.number + 1
+        me = {**(record(self.run, self.number) or {}), **invitation, "world_size": world.size}
+        try:
+            with disk.NewFile(_path(self.run, number, "json")) as file:
+                file.write(json.dumps(me).encode())
+                file.sync()
+        except FileExistsError:
+            raise ReplacedError(_replaced(self.run, number)) from None
+        disk.sync_dir(self.run / "generations")
+        self.number = number
+        self.beat()
+
+    def set_base(self, name: str | None) -> None:
+        """Note the checkpoint from which this generation starts."""
+        replace_file(_path(self.run, self.number, "base"), lambda file: _write(file, (name or "").encode()))
+
+    def check(self) -> None:
+        """Before every commit and every deletion: raise ReplacedError when a later job has taken the run."""
+        taken = generations(self.run)
+        if not taken:
+            raise ReplacedError(
+                f"{self.run}/generations is empty: the run directory was moved or deleted while this job used it. "
+                "Nothing was committed or deleted."
+            )
+        if taken[-1] != self.number:
+            raise ReplacedError(_replaced(self.run, taken[-1]))
+
+    def beat(self) -> None:
+        """Show that the job lives."""
+        self._beats += 1
+        disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode())
+
+    def release(self) -> None:
+        """Give the run back: the next job need not wait."""
+        try:
+            if generations(self.run)[-1:] == [self.number]:
+                with disk.NewFile(_path(self.run, self.number, "end")):
+                    pass
+        except OSError as error:
+            raise LastGoodError(
+                f"{self.run} could not be given back cleanly ({error}); the next job on another machine will wait "
+                f"{STALE_SECONDS:.0f} s before it takes the run."
+            ) from error
+        finally:
+            self._lock.release()
+
+    def _forget_old(self, taken: list[int]) -> None:
+        for number in taken[:-_KEEP_RECORDS]:
+            for kind in ("beat", "end", "base", "json"):
+                disk.remove(_path(self.run, number, kind), missing_ok=True)
+
+
+def _write(file: object, data: bytes) -> None:
+    file.write(data)  # type: ignore[attr-defined]
+
+
+def _watch(run: Path, number: int, who: Json | None, stale: float) -> None:
+    """Raise RunHeldError when the counter of another machine's job moves within `stale` seconds."""
+    path = _path(run, number, "beat")
+
+    def counter() -> bytes | None:
+        try:
+            return disk.read_bytes(path, limit=100)
+        except (OSError, ValueError):
+            return None
+
+    first = counter()
+    end = time.monotonic() + stale
+    while time.monotonic() < end:
+        if counter() != first or generations(run)[-1] != number:
+            raise RunHeldError(_held(run, who))
+        time.sleep(min(0.5, stale / 20))
+
+
+def _held(run: Path, who: Json | None) -> str:
+    holder = "another job"
+    if who is not None:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("started", 0)))
+        holder = (
+            f"process {who.get('pid')} on {who.get('host')} (since {started}, {who.get('world_size')} rank(s), "
+            f"command: {who.get('command')})"
+        )
+    return (
+        f"{run} is held by {holder}. Two jobs cannot save into one run: stop the other one, or use another directory. "
+        "If both are ranks of the same job, call torch.distributed.init_process_group() before making the "
+        "Checkpointer, or pass it rank= and world_size=. Reading (ls, show, verify, export) needs no hold."
+    )
+
+
+def _replaced(run: Path, number: int) -> str:
+    return (
+        f"{run} was taken over by generation {number} ({_holder_name(record(run, number))}) while this job stood "
+        "still. Nothing more is committed or deleted by this job; the checkpoints of both are intact."
+    )
+
+
+def _holder_name(who: Json | None) -> str:
+    return f"process {who.get('pid')} on {who.get('host')}" if who else "another job"

@@ -1,0 +1,1 @@
+"""Optional parts, one file for each framework; each is imported only by those who ask for it."""

@@ -1,0 +1,422 @@
+"""From a verified checkpoint into live objects: in place, in parallel, every byte checked while it is read.
+
+Nothing is changed before all names, types and shapes were compared; then tensors are read straight into the memory
+where training uses them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from lastgood import disk, shard, values
+from lastgood.catalog import Entry
+from lastgood.coordinate import World
+from lastgood.errors import DamagedError, LastGoodError, MismatchError
+from lastgood.manifest import Chunk, Manifest, RankRecord
+from lastgood.shard import DTYPES
+from lastgood.state import (
+    Flattener,
+    LocalTensor,
+    clean,
+    clean_names,
+    kind_of,
+    local_part,
+    optimizer_names,
+    parameter_names,
+    tensor_names,
+    unwrap,
+)
+from lastgood.values import Json
+
+_THREADS = min(8, (os.cpu_count() or 1) + 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """A box of a saved tensor, and where it goes."""
+
+    name: str
+    target: torch.Tensor
+    offsets: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Loading:
+    """A checkpoint on its way into the objects of one rank."""
+
+    entry: Entry
+    manifest: Manifest
+    objects: dict[str, Any]
+    world: World
+    strict: bool
+    notes: list[str] = field(default_factory=list)
+    """What was not carried over, in sentences."""
+    _problems: list[str] = field(default_factory=list)
+    _wants: list[_Want] = field(default_factory=list)
+    _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+    _current: dict[str, LocalTensor] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Compare names, types and shapes. Changes nothing.
+
+        Raises:
+            MismatchError: something does not fit; all of it is listed.
+            DamagedError: the manifest refers to tensors that it does not have.
+        """
+        self._current = Flattener(self.objects, world_size=self.world.size).flatten().tensors
+        names = parameter_names(self.objects)
+        for name, value in self.objects.items():
+            if name not in self.manifest.objects:
+                self._problem(f"{name} is not in the checkpoint")
+                continue
+            kind, saved = kind_of(value), self.manifest.kinds.get(name)
+            if kind != saved:
+                self._problem(f"{name} was saved as a {saved} and is a {kind} here")
+                continue
+            try:
+                if kind == "module":
+                    self._prepare_module(name, value)
+                elif kind == "optimizer":
+                    self._prepare_optimizer(name, value, names)
+                else:
+                    self._want_tree(self._tree(name))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise DamagedError(f"{self.entry.path}: the state of {name} has no valid form: {error!r}") from error
+        for name in self.manifest.objects:
+            if name not in self.objects:
+                self.notes.append(f"{name} is in the checkpoint but was not given to the Checkpointer: not restored")
+        if self._problems and self.strict:
+            raise MismatchError(
+                f"{self.entry.path} does not fit the objects of this job ({len(self._problems)} differences); nothing "
+                "was changed:\n  " + "\n  ".join(self._problems) + "\nRestore into objects built the same way, or pass "
+                "strict=False to load what fits."
+            )
+        self.notes += [f"not restored: {problem}" for problem in self._problems]
+
+    def run(self) -> dict[str, Any]:
+        """Load. Returns the restored plain values, by name.
+
+        Raises:
+            DamagedError: a byte on disk is not what was saved. The objects may be half changed by then.
+        """
+        self._read()
+        restored: dict[str, Any] = {}
+        for name, value in self.objects.items():
+            if name not in self.manifest.objects or kind_of(value) != self.manifest.kinds.get(name):
+                continue
+            kind = kind_of(value)
+            if kind == "module":
+                self._finish_module(name, value)
+            elif kind == "optimizer":
+                self._finish_optimizer(name, value)
+            elif kind == "generator":
+                value.set_state(self._decode(self._tree(name)))
+            elif kind == "stateful":
+                value.load_state_dict(self._decode(self._tree(name)))
+            else:
+                restored[name] = _into_value(value, self._decode(self._tree(name)))
+        return restored
+
+    def random(self) -> Json:
+        """This rank's saved random state, or None where there is none."""
+        return self._record().random
+
+    # -- which version of a thing is this rank's ------------------------------------------------------------------
+
+    def _record(self) -> RankRecord:
+        record = self.manifest.ranks.get(self.world.rank)
+        return record if record is not None else RankRecord(None)
+
+    def _tree(self, name: str) -> Json:
+        if self.world.size != self.manifest.world_size:
+            return self.manifest.objects[name]
+        return self._record().objects.get(name, self.manifest.objects[name])
+
+    def _resolve(self, name: str) -> str:
+        """The name of this rank's version of a tensor."""
+        if self.world.size != self.manifest.world_size:
+            return name
+        return self._record().local.get(name, name)
+
+    def _check_carried(self, name: str, essential: bool) -> None:
+        """With another world size, rank 0's version of what each rank had for itself is all there is."""
+        if self.world.size == self.manifest.world_size:
+            return
+        if any(name in record.local for record in self.manifest.ranks.values()):
+            text = f"{name}: every one of {self.manifest.world_size} ranks had its own, and here are {self.world.size}"
+            if essential:
+                self._problem(text)
+            else:
+                self.notes.append(text + "; rank 0's is used")
+
+    def _problem(self, text: str) -> None:
+        self._problems.append(text)
+
+    # -- preparing ------------------------------------------------------------------------------------------------
+
+    def _prepare_module(self, name: str, value: nn.Module) -> None:
+        module = unwrap(value)
+        renames = clean_names(module)
+        saved = dict(self._tree(name)["state"])
+        parameters = {clean(key, renames) for key, _ in module.named_parameters(remove_duplicate=False)}
+        filled: dict[int, tuple[str, str]] = {}
+        for key, tensor in module.state_dict().items():
+            key = clean(key, renames)
+            path = f"{name}.{key}"
+            if key not in saved:
+                self._problem(f"{path} is not in the checkpoint")
+                continue
+            tree = saved.pop(key)
+            if not isinstance(tensor, torch.Tensor):
+                self._want_tree(tree)
+                continue
+            if not isinstance(tree, dict) or tree.get("$") != "tensor":
+                self._problem(f"{path} was saved as a value and is a tensor here")
+                continue
+            self._check_carried(tree["v"], key in parameters)
+            local = local_part(tensor, path)
+            other = filled.setdefault(local.tensor.data_ptr(), (path, tree["v"])) if local.tensor.numel() else None
+            if other is not None and other[1] != tree["v"]:
+                self._problem(f"{path} and {other[0]} are one tensor here, and were saved with different values")
+            elif other is None or other[0] == path:
+                self._want(path, tree["v"], local)
+        for key in saved:
+            self._problem(f"{name}.{key} is in the checkpoint but not in the model")
+        for tree in self._tree(name).get("gradients", {}).values():
+            self._want_tree(tree)
+
+    def _want(self, path: str, name: str, local: LocalTensor) -> None:
+        record = self.manifest.tensors[self._resolve(name)]
+        here = f"{str(local.tensor.dtype).removeprefix('torch.')} {list(local.shape)}"
+        there = f"{str(DTYPES[record.dtype]).removeprefix('torch.')} {list(record.shape)}"
+        if record.shape != local.shape or (self.strict and DTYPES[record.dtype] != local.tensor.dtype):
+            self._problem(f"{path} is {there} in the checkpoint and {here} here")
+        else:
+            self._wants.append(_Want(self._resolve(name), local.tensor, local.offsets))
+
+    def _prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+        here, there = optimizer.param_groups, self._tree(name)["groups"]
+        if len(here) != len(there):
+            self._problem(f"{name} has {len(here)} parameter groups, and was saved with {len(there)}")
+        labels = iter(optimizer_names(name, optimizer, names))
+        for number, (group, saved) in enumerate(zip(here, there, strict=False)):
+            mine = {next(labels) for _ in group["params"]}
+            theirs = set(saved["params"])
+            for label in sorted(mine - theirs):
+                self._problem(f"{name}, group {number}: the parameter {label} was not in it when it was saved")
+            for label in sorted(theirs - mine):
+                self._problem(f"{name}, group {number}: the parameter {label} was in it when it was saved")
+        parameters = [parameter for group in here for parameter in group["params"]]
+        by_label = dict(zip(optimizer_names(name, optimizer, names), parameters, strict=True))
+        for label, held in self._tree(name)["state"].items():
+            for tensor in tensor_names(held):
+                self._check_carried(tensor, essential=True)
+            self._want_tree(held, by_label.get(label))
+        self._want_tree([saved["options"] for saved in there])
+        self._want_tree(self._tree(name)["extra"])
+
+    def _want_tree(self, tree: Json, like: torch.Tensor | None = None) -> None:
+        """Want all tensors of a tree: into the memory of the present state where it has the same, else into new one.
+
+        New memory for a tensor of the shape of `like`, a DTensor, is spread over the ranks as that is.
+        """
+        for name in tensor_names(tree):
+            if name in self._loaded:
+                continue
+            record = self.manifest.tensors[self._resolve(name)]
+            dtype, current = DTYPES[record.dtype], self._current.get(name)
+            if current is None or current.shape != record.shape or current.tensor.dtype != dtype:
+                spread = like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape
+                new = torch.empty_like(like, dtype=dtype) if spread else torch.empty(record.shape, dtype=dtype)  # type: ignore[arg-type]
+                current = local_part(new, name)
+            self._wants.append(_Want(self._resolve(name), current.tensor, current.offsets))
+            self._loaded[name] = current.whole
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        files: list[BinaryIO] = []
+        try:
+            for record in self.manifest.shards:
+                path = self.entry.path / record.file
+                shard.check_size(path, record)
+                shard.check_header(path, record)
+                files.append(disk.open_read(path))
+            jobs = [
+                (want, chunk)
+                for want in self._wants
+                for chunk in self.manifest.tensors[want.name].chunks
+                if _overlap(chunk, want) is not None
+            ]
+            # From the front of each file to its end, as disks like it.
+            jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
+            with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
+                for _ in pool.map(lambda job: self._read_chunk(files[job[1].shard], *job), jobs):
+                    continue
+        except OSError as error:
+            raise DamagedError(f"{self.entry.path} cannot be read: {error}") from error
+        finally:
+            for file in files:
+                file.close()
+
+    def _read_chunk(self, file: BinaryIO, want: _Want, chunk: Chunk) -> None:
+        box = _overlap(chunk, want)
+        assert box is not None
+        target = want.target
+        for dimension, (begin, end) in enumerate(box):
+            offset = want.offsets[dimension]
+            target = target.narrow(dimension, begin - offset, end - begin)
+        path = self.entry.path / self.manifest.shards[chunk.shard].file
+        record = self.manifest.tensors[want.name]
+        complete = tuple(target.shape) == chunk.shape
+        direct = complete and target.device.type == "cpu" and target.is_contiguous()
+        if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
+            view = bytes_of(target)
+            shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+            return
+        whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
+        view = bytes_of(whole)
+        shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+        part = whole
+        for dimension, (begin, end) in enumerate(box):
+            part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
+        with torch.no_grad():
+            target.copy_(part)
+
+    # -- finishing ------------------------------------------------------------------------------------------------
+
+    def _decode(self, tree: Json) -> Any:
+        return values.decode(tree, lambda name: self._loaded[name])
+
+    def _finish_module(self, name: str, value: nn.Module) -> None:
+        module = unwrap(value)
+        renames = clean_names(module)
+        saved = self._tree(name)["state"]
+        state = module.state_dict()
+        extra = {
+            key: self._decode(saved[clean(key, renames)])
+            for key, item in state.items()
+            if not isinstance(item, torch.Tensor) and clean(key, renames) in saved
+        }
+        if extra or not _is_plain(module, state):
+            # It has values, hooks, or tensors that state_dict computes: the module must be told.
+            module.load_state_dict({**state, **extra}, strict=False)
+        gradients = self._tree(name).get("gradients", {})
+        for key, parameter in module.named_parameters():
+            if clean(key, renames) in gradients:
+                gradient = self._decode(gradients[clean(key, renames)])
+                parameter.grad = gradient.to(parameter.device)
+
+    def _finish_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        tree = self._tree(name)
+        labels = optimizer_names(name, optimizer, parameter_names(self.objects))
+        index_of = {label: index for index, label in enumerate(labels)}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state: dict[Any, Any] = {}
+        for label, held in tree["state"].items():
+            if label in index_of:
+                state[index_of[label]] = self._decode(held)
+            elif not label.startswith(tuple(f"{n}." for n in self.objects)):
+                state[label] = self._decode(held)
+        groups, at = [], 0
+        for number, group in enumerate(optimizer.param_groups):
+            count = len(group["params"])
+            saved = tree["groups"][number]["options"] if number < len(tree["groups"]) else {}
+            options = {key: option for key, option in group.items() if key != "params"}
+            groups.append({**options, **self._decode(saved), "params": list(range(at, at + count))})
+            at += count
+        optimizer.load_state_dict({**self._decode(tree["extra"]), "state": state, "param_groups": groups})
+        # torch casts floating state to the type of its parameter: of a bfloat16 model with float32 moments that would
+        # lose bits. What was saved is put back as it was.
+        for index, held in state.items():
+            if type(index) is not int:
+                continue
+            live = optimizer.state[parameters[index]]
+            for key, item in held.items():
+                cast = live.get(key)
+                if isinstance(item, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != item.dtype:
+                    live[key] = item.to(cast.device)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor. The tensor must outlive the view."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _overlap(chunk: Chunk, want: _Want) -> list[tuple[int, int]] | None:
+    """The box that a chunk and a target have in common, as begin and end in each dimension."""
+    box = []
+    for offset, size, start, length in zip(chunk.offsets, chunk.shape, want.offsets, want.target.shape, strict=True):
+        begin, end = max(offset, start), min(offset + size, start + length)
+        if begin >= end:
+            return None
+        box.append((begin, end))
+    return box
+
+
+def _is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Whether every tensor of the state_dict is the memory of a parameter or buffer, and nothing wants to hear."""
+    owned = {t.data_ptr() for t in [*module.parameters(), *module.buffers()] if type(t).__name__ != "DTensor"}
+    for tensor in state.values():
+        if type(tensor).__name__ != "DTensor" and tensor.numel() and tensor.data_ptr() not in owned:
+            return False
+    for child in module.modules():
+        hooks = getattr(child, "_load_state_dict_pre_hooks", None), getattr(child, "_load_state_dict_post_hooks", None)
+        if any(hooks):
+            return False
+    return True
+
+
+def _into_value(value: Any, saved: Any) -> Any:
+    """A restored plain value; dicts, lists and tensors are changed in place, so that all who hold them see it."""
+    if type(value) is dict and type(saved) is dict:
+        value.clear()
+        value.update(saved)
+        return value
+    if type(value) is list and type(saved) is list:
+        value[:] = saved
+        return value
+    if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
+        with torch.no_grad():
+            value.copy_(saved)
+        return value
+    return saved
+
+
+def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint, checked, into new memory: for export, comparison and evaluation.
+
+    Raises:
+        DamagedError: a byte on disk is not what was saved.
+        LastGoodError: there is no tensor of that name.
+    """
+    loading = Loading(entry, manifest, {}, World(0, manifest.world_size, True), strict=True)
+    for name in names:
+        if name not in manifest.tensors:
+            raise LastGoodError(f"{entry.path} has no tensor {name!r}")
+        record = manifest.tensors[name]
+        target = torch.empty(record.shape, dtype=DTYPES[record.dtype])
+        loading._loaded[name] = target
+        loading._wants.append(_Want(name, target, (0,) * len(record.shape)))
+    loading._read()
+    return dict(loading._loaded)
+
+
+def nbytes(manifest: Manifest) -> int:
+    """Bytes of all tensors, each counted once."""
+    return sum(
+        math.prod(record.shape) * torch.empty(0, dtype=DTYPES[record.dtype]).element_size()
+        for record in manifest.tensors.values()
+    )

@@ -1,0 +1,186 @@
+"""A second place for checkpoints: another disk, or a network share, which may be away for a while.
+
+It receives committed checkpoints in the background under the same protocol: shards first, read back and checked
+against their checksums, the manifest last. Nothing that happens to it stops the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lastgood import catalog, disk, generation
+from lastgood.catalog import Entry
+from lastgood.errors import DamagedError, LastGoodError
+from lastgood.files import replace_file
+from lastgood.generation import Holder
+from lastgood.manifest import NAME, parse
+from lastgood.program import Events
+from lastgood.retain import Keep, Known, choose
+
+_log = logging.getLogger("lastgood")
+_BLOCK = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mirror:
+    """Where copies go, and which."""
+
+    path: str | Path
+    """The directory. It is laid out like a run, and `restore` and all commands read it as one."""
+    every: int = 1
+    """Copy only steps that are multiples of this, and always the newest one when the job closes."""
+    keep: Keep | None = None
+    """Which copies stay; by default those that the run itself would keep."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise LastGoodError("Mirror(every=...) is a number of steps: at least 1")
+
+
+class Copier:
+    """Copies to the mirror in a thread of its own, so that a slow share never delays a save."""
+
+    def __init__(self, run: Path, mirror: Mirror, keep: Keep, holder: Holder, events: Events) -> None:
+        self._run, self._to = run, Path(mirror.path)
+        self._mirror, self._keep = mirror, mirror.keep or keep
+        self._holder, self._events = holder, events
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._closing = False
+        self._away = False
+        self._thread = threading.Thread(target=self._work, name="lastgood-mirror", daemon=True)
+        self._thread.start()
+
+    def notify(self) -> None:
+        """There may be something to copy."""
+        self._idle.clear()
+        self._wake.set()
+
+    def close(self, seconds: float) -> bool:
+        """Copy what is left, for at most `seconds`. Returns whether the mirror is up to date."""
+        self._closing = True
+        self.notify()
+        done = self._idle.wait(seconds)
+        self._thread.join(0.1 if not done else seconds)
+        return done and not self._away
+
+    def _work(self) -> None:
+        pause = 1.0
+        while True:
+            # While the mirror is away it is tried again by itself, with growing pauses.
+            self._wake.wait(pause if self._away else None)
+            self._wake.clear()
+            closing = self._closing
+            try:
+                self._catch_up(everything=closing)
+                if self._away:
+                    _log.info("the mirror %s is back and up to date", self._to)
+                self._away, pause = False, 1.0
+            except (OSError, LastGoodError) as error:
+                if not self._away:
+                    _log.warning(
+                        "the mirror %s is behind: %s. Training goes on; it is caught up later.", self._to, error
+                    )
+                    self._events.write("mirror-behind", why=str(error))
+                self._away, pause = True, min(pause * 2, 60.0)
+            if not self._wake.is_set():
+                self._idle.set()
+            if closing:
+                return
+
+    def _catch_up(self, *, everything: bool) -> None:
+        disk.make_dirs(self._to)
+        here = catalog.committed(self._run)
+        there = {entry.name for entry in catalog.committed(self._to)}
+        wanted = [e for e in here if e.step % self._mirror.every == 0 or (everything and e == here[-1])]
+        # The newest first: if the run's disk dies now, it is the one that is needed.
+        for entry in reversed(wanted):
+            if entry.name not in there and not self._is_done_for(entry, here):
+                self._copy(entry)
+        self._copy_bases()
+        self._retain()
+
+    def _is_done_for(self, entry: Entry, here: list[Entry]) -> bool:
+        """Whether the mirror's retention would delete it at once."""
+        names = {e.name for e in here} | {e.name for e in catalog.committed(self._to)}
+        known = sorted(e for e in (catalog.entry_of(self._to, name) for name in names) if e is not None)
+        branch = [e.name for e in catalog.lineage(known[-1], known, self._run)]
+        keep = self._keep
+        return keep.best == 0 and keep.every is None and entry.name not in branch[: max(keep.last, 1)]
+
+    def _copy(self, entry: Entry) -> None:
+        began = time.monotonic()
+        manifest = catalog.check_quick(entry)
+        target = Entry(entry.generation, entry.step, entry.attempt, entry.name, self._to)
+        if disk.exists(target.path):
+            # A copy that was broken off: without a manifest it is no checkpoint.
+            catalog.delete(target)
+        disk.make_dir(target.path)
+        for record in manifest.shards:
+            _copy_file(entry.path / record.file, target.path / record.file)
+        data = disk.read_bytes(entry.path / NAME, limit=1 << 30)
+        temporary = target.path / (NAME + ".tmp")
+        with disk.NewFile(temporary) as file:
+            file.write(data)
+            file.sync()
+        disk.sync_dir(target.path)
+        disk.sync_dir(self._to)
+        # What arrived is read back and compared with the checksums of the original before it counts.
+        self._check_arrived(target, manifest.attempt, data)
+        self._holder.check()
+        disk.replace(temporary, target.path / NAME)
+        disk.sync_dir(target.path)
+        self._events.write(
+            "mirror", checkpoint=entry.name, bytes=manifest.tensor_bytes, seconds=time.monotonic() - began
+        )
+        _log.info("mirrored %s to %s", entry.name, self._to)
+
+    @staticmethod
+    def _check_arrived(target: Entry, attempt: str, data: bytes) -> None:
+        copied = parse(data, str(target.path))
+        if copied.attempt != attempt:
+            raise DamagedError(f"{target.name} changed while it was copied")
+        catalog.check_shards(target, copied)
+
+    def _copy_bases(self) -> None:
+        for number in generation.generations(self._run):
+            note = generation.base(self._run, number)
+            if note is not None and generation.base(self._to, number) is None:
+                directory = self._to / "generations"
+                disk.make_dirs(directory)
+                replace_file(directory / f"{number:08d}.base", lambda file, note=note: _write(file, note))  # type: ignore[misc]
+
+    def _retain(self) -> None:
+        known = []
+        for entry in catalog.committed(self._to):
+            try:
+                manifest = catalog.read_manifest(entry)
+                known.append(Known(entry, manifest.metrics, manifest.tensor_bytes))
+            except DamagedError as error:
+                _log.warning("in the mirror: %s", error)
+                known.append(Known(entry, {}, 0))
+        if not known:
+            return
+        branch = [e.name for e in catalog.lineage(known[-1].entry, [k.entry for k in known], self._run)]
+        for k in choose(known, branch, self._keep):
+            self._holder.check()
+            catalog.delete(k.entry)
+
+
+def _write(file: object, text: str) -> None:
+    file.write(text.encode())  # type: ignore[attr-defined]
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    block = memoryview(bytearray(_BLOCK))
+    with disk.open_read(source) as old, disk.NewFile(target) as new:
+        at = 0
+        while got := disk.read_into(old, at, block):
+            new.write(block[:got])
+            at += got
+        new.sync()

@@ -1,0 +1,114 @@
+"""What a manifest says about the program that made it, and the run's event log."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from lastgood import disk
+from lastgood.catalog import Entry
+from lastgood.values import Json
+
+_log = logging.getLogger("lastgood")
+EVENTS = "events.jsonl"
+
+
+def lastgood_version() -> str:
+    try:
+        return importlib.metadata.version("lastgood")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """The versions that a restored run may want to know of."""
+    return {
+        "lastgood": lastgood_version(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def describe() -> dict[str, Json]:
+    """The command line of this program, and the git commit of the directory that its script lies in."""
+    script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
+    return {"command": list(sys.argv), "git_commit": git_commit(script.absolute().parent)}
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit that is checked out in `directory` or above it. Reads git's files: no process is started."""
+    for here in (directory, *directory.parents):
+        git = here / ".git"
+        try:
+            if disk.exists(git):
+                return _head(git)
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def _head(git: Path) -> str | None:
+    def text(path: Path) -> str:
+        return disk.read_bytes(path, limit=1 << 24).decode()
+
+    if not git.is_dir():
+        # A worktree: the file names the directory that holds its HEAD.
+        git = (git.parent / text(git).removeprefix("gitdir:").strip()).resolve()
+    head = text(git / "HEAD").strip()
+    if not head.startswith("ref: "):
+        return head
+    ref = head.removeprefix("ref: ")
+    common = (git / text(git / "commondir").strip()).resolve() if disk.exists(git / "commondir") else git
+    if disk.exists(common / ref):
+        return text(common / ref).strip()
+    for line in text(common / "packed-refs").splitlines():
+        if line.endswith(" " + ref):
+            return line.split(" ")[0]
+    return None
+
+
+class Events:
+    """The event log of a run: one JSON object a line, written by rank 0 of the job that holds it."""
+
+    def __init__(self, run: Path, generation: int) -> None:
+        self._path = run / EVENTS
+        self._generation = generation
+
+    def write(self, event: str, **fields: Json) -> None:
+        """Add a line. The log is for people: when the disk does not take it, training goes on."""
+        line = {"time": time.time(), "generation": self._generation, "event": event, **fields}
+        try:
+            disk.append_line(self._path, json.dumps(line, ensure_ascii=False))
+        except OSError as error:
+            _log.warning("%s could not be written: %s", self._path, error)
+
+    def report(self, event: str, entry: Entry, why: str) -> None:
+        """A checkpoint was skipped or deleted."""
+        self.write(event, checkpoint=entry.name, step=entry.step, why=why)
+        level = logging.WARNING if event == "skip" else logging.INFO
+        _log.log(level, "%s %s: %s", {"skip": "skipped", "delete": "deleted"}.get(event, event), entry.name, why)
+
+
+def read_events(run: Path) -> list[dict[str, Json]]:
+    """The event log, oldest first. A line that was cut off by a crash is left out."""
+    try:
+        data = disk.read_bytes(run / EVENTS, limit=1 << 30)
+    except (OSError, ValueError):
+        return []
+    found = []
+    for line in data.splitlines():
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(item, dict):
+            found.append(item)
+    return found

@@ -1,0 +1,82 @@
+"""The random state of one rank: python, numpy (where the program uses it), torch on CPU and every CUDA device."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import torch
+
+from lastgood.values import Json, decode, encode, numpy_in_use
+
+
+def capture() -> Json:
+    """The random state of this process, as JSON."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": (version, b"".join(word.to_bytes(4, "little") for word in words), gauss),
+        "torch": _raw(torch.get_rng_state()),
+    }
+    if numpy_in_use():
+        import numpy as np
+
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        state["numpy"] = (name, np.asarray(keys).astype("<u4").tobytes(), int(position), int(has_gauss), float(cached))
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = [_raw(item) for item in torch.cuda.get_rng_state_all()]
+    return encode(state, "random", _no_tensor)
+
+
+def apply(saved: Json) -> list[str]:
+    """Set the random state that :func:`capture` took. Returns what could not be set, in words."""
+    state = decode(saved, _no_tensor)
+    left = []
+    version, words, gauss = state["python"]
+    numbers = tuple(int.from_bytes(words[i : i + 4], "little") for i in range(0, len(words), 4))
+    random.setstate((version, numbers, gauss))
+    torch.set_rng_state(_tensor(state["torch"]))
+    if "numpy" in state:
+        import numpy as np
+
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, np.frombuffer(keys, dtype="<u4"), position, has_gauss, cached))
+    devices = state.get("cuda", [])
+    if devices and torch.cuda.is_available():
+        here = torch.cuda.device_count()
+        for index, item in enumerate(devices[:here]):
+            torch.cuda.set_rng_state(_tensor(item), index)
+        if here != len(devices):
+            left.append(f"{len(devices)} CUDA devices had a random state, and here are {here}")
+    elif devices:
+        left.append("there is no CUDA device here to take the saved random state")
+    return left
+
+
+def derive(saved: Json, rank: int, world_size: int, step: int) -> int:
+    """Seed this process for a rank that has no saved random state: from rank 0's, the place in the job, and the step.
+
+    The same checkpoint and the same place always give the same seed, and different ranks different ones.
+    Returns the seed.
+    """
+    text = f"{hashlib.sha256(repr(saved).encode()).hexdigest()} {rank} {world_size} {step}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if numpy_in_use():
+        import numpy as np
+
+        np.random.seed(seed)
+    return seed
+
+
+def _raw(state: torch.Tensor) -> bytes:
+    return bytes(state.cpu().tolist())
+
+
+def _tensor(raw: bytes) -> torch.Tensor:
+    return torch.tensor(list(raw), dtype=torch.uint8)
+
+
+def _no_tensor(*_: Any) -> Any:
+    raise TypeError("random state holds no tensors")

@@ -1,0 +1,177 @@
+"""Which checkpoints are kept, and the deletion of the others.
+
+Nothing is deleted before something newer is committed and was read back from the disk and verified.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lastgood import catalog
+from lastgood.catalog import Entry
+from lastgood.errors import DamagedError, LastGoodError
+from lastgood.generation import Holder
+
+_log = logging.getLogger("lastgood")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """Which checkpoints are kept. A checkpoint that any of the rules wants is kept; the newest always is."""
+
+    last: int = 3
+    """How many of the newest on the present branch. With 1 there is nothing to fall back to."""
+    best: int = 0
+    """How many of those with the best value of `metric`."""
+    metric: str | None = None
+    """The name under which the value is given to ``save(metrics={...})``."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest value is the best."""
+    every: int | None = None
+    """Keep for good each step that is a multiple of this."""
+    max_bytes: int | None = None
+    """Delete the oldest until the run has at most so many bytes, whatever the other rules say; two always stay."""
+
+    def __post_init__(self) -> None:
+        if self.last < 0 or self.best < 0:
+            raise LastGoodError("Keep(last=, best=) count checkpoints: they cannot be negative")
+        if self.last == 0 and self.best == 0 and self.every is None:
+            raise LastGoodError(
+                "Keep(last=0) without best= or every= would keep nothing. At least last=2 is recommended: then there "
+                "is a checkpoint to fall back to when the newest is damaged."
+            )
+        if self.best and not self.metric:
+            raise LastGoodError("Keep(best=...) needs metric=: the name of the value by which checkpoints are compared")
+        if self.mode not in ("min", "max"):
+            raise LastGoodError(f'Keep(mode={self.mode!r}): it is "min" or "max"')
+        if self.every is not None and self.every < 1:
+            raise LastGoodError("Keep(every=...) is a number of steps: at least 1")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise LastGoodError("Keep(max_bytes=...) is a number of bytes: at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What retention needs to know of a checkpoint."""
+
+    entry: Entry
+    metrics: Mapping[str, float]
+    bytes: int
+
+
+def best_first(known: Sequence[Known], keep: Keep) -> list[Known]:
+    """The checkpoints that have the metric, the best first; of equal ones the newer first."""
+    metric = keep.metric or ""
+    rated = [k for k in known if not math.isnan(k.metrics.get(metric, math.nan))]
+    sign = 1 if keep.mode == "min" else -1
+    return sorted(rated, key=lambda k: (sign * k.metrics[metric], -k.entry.generation, -k.entry.step))
+
+
+def choose(known: Sequence[Known], branch: Sequence[str], keep: Keep) -> list[Known]:
+    """The checkpoints to delete, from old to new.
+
+    Args:
+        known: all committed checkpoints of the run, from old to new.
+        branch: names on the present branch, the newest first.
+        keep: the policy.
+    """
+    if not known:
+        return []
+    on_branch = set(branch)
+    wanted = set(branch[: max(keep.last, 1)])
+    if len([name for name in branch if any(k.entry.name == name for k in known)]) < keep.last:
+        # The new branch is still short: what was there before a roll-back is not given up for it yet.
+        wanted |= {k.entry.name for k in known if k.entry.name not in on_branch}
+    wanted |= {k.entry.name for k in best_first([k for k in known if k.entry.name in on_branch], keep)[: keep.best]}
+    if keep.every is not None:
+        wanted |= {k.entry.name for k in known if k.entry.step % keep.every == 0 and k.entry.name in on_branch}
+    doomed = [k for k in known if k.entry.name not in wanted]
+    if keep.max_bytes is not None:
+        kept = [k for k in known if k.entry.name in wanted]
+        untouchable = set(branch[:2])
+        total = sum(k.bytes for k in kept)
+        for k in kept:
+            if total <= keep.max_bytes:
+                break
+            if k.entry.name not in untouchable:
+                doomed.append(k)
+                total -= k.bytes
+    return sorted(doomed, key=lambda k: k.entry)
+
+
+class Retention:
+    """Applies the policy to one run. Belongs to rank 0 of the job that holds it."""
+
+    def __init__(self, run: Path, keep: Keep, holder: Holder, report: Callable[[str, Entry, str], None]) -> None:
+        self._run, self._keep, self._holder, self._report = run, keep, holder, report
+        self._known: dict[str, Known] = {}
+        self.verified: str | None = None
+        """The newest checkpoint that was read back, or that this life was restored from."""
+
+    def known(self) -> list[Known]:
+        """The committed checkpoints, from old to new. Each manifest is read once."""
+        found = []
+        for entry in catalog.committed(self._run):
+            if entry.name not in self._known:
+                try:
+                    manifest = catalog.read_manifest(entry)
+                    self._known[entry.name] = Known(entry, manifest.metrics, manifest.tensor_bytes)
+                except DamagedError as error:
+                    # It counts as a checkpoint without metrics: it is neither trusted nor deleted out of turn.
+                    _log.warning("%s", error)
+                    self._known[entry.name] = Known(entry, {}, 0)
+            found.append(self._known[entry.name])
+        return found
+
+    def apply(self, newest: Entry) -> list[str]:
+        """Verify the newest checkpoint and delete what the policy does not want. Returns the deleted names.
+
+        Raises:
+            DamagedError: the newest checkpoint reads back damaged. Nothing was deleted.
+        """
+        known = self.known()
+        branch = [entry.name for entry in catalog.lineage(newest, [k.entry for k in known])]
+        doomed = choose(known, branch, self._keep)
+        if not doomed:
+            return []
+        catalog.check_full(newest)
+        self.verified = newest.name
+        return self._delete(doomed, "the retention policy")
+
+    def make_room(self, needed: int, free: Callable[[], int]) -> list[str]:
+        """Delete old checkpoints until `needed` bytes are free; the last good one and its predecessor stay.
+
+        Nothing is deleted before this life has verified a checkpoint. Returns the deleted names.
+        """
+        known = self.known()
+        good = next((k.entry for k in known if k.entry.name == self.verified), None)
+        if good is None:
+            return []
+        safe = [entry.name for entry in catalog.lineage(good, [k.entry for k in known])][:2]
+        gone: list[str] = []
+        for k in known:
+            if free() >= needed:
+                break
+            if k.entry.name not in safe and k.entry < good:
+                gone += self._delete([k], "the disk has too little space for the next save")
+        return gone
+
+    def _delete(self, doomed: Sequence[Known], why: str) -> list[str]:
+        gone = []
+        for k in doomed:
+            self._holder.check()
+            try:
+                catalog.delete(k.entry)
+            except OSError as error:
+                # Another program has it open (Windows), or the disk refuses. It is tried again after the next save.
+                _log.warning("%s could not be deleted yet: %s", k.entry.path, error)
+                continue
+            self._known.pop(k.entry.name, None)
+            self._report("delete", k.entry, why)
+            gone.append(k.entry.name)
+        return gone

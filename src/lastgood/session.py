@@ -1,0 +1,212 @@
+"""The start of a job on a run: rank 0 takes it, all ranks find each other and see that they see the same disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lastgood import catalog, disk, generation
+from lastgood.commit import remove_directory
+from lastgood.coordinate import Channel, World
+from lastgood.errors import LastGoodError, PeerError
+from lastgood.generation import BEAT_SECONDS, Holder
+from lastgood.program import Events
+from lastgood.values import Json
+
+_log = logging.getLogger("lastgood")
+_joined: dict[Path, int] = {}
+"""By run, the last generation that this process joined: a later Checkpointer waits for a later one."""
+_DISK_SECONDS = 10.0
+"""A network file system may show a new file so much later."""
+
+
+class Session:
+    """This process's part in one life of a job on a run."""
+
+    def __init__(
+        self, run: Path, world: World, deadline: float, mirror: Path | None, group: int | None, stale: float
+    ) -> None:
+        self._run, self._world, self._mirror, self._group = run, world, mirror, group
+        self.channel = Channel(world)
+        self.holder: Holder | None = None
+        self.generation = 0
+        end = time.monotonic() + deadline
+        try:
+            if world.rank == 0:
+                self._open(end, stale)
+            else:
+                self._join(end)
+        except BaseException:
+            self.close()
+            raise
+        _joined[run] = self.generation
+
+    # -- rank 0 ---------------------------------------------------------------------------------------------------
+
+    def _open(self, end: float, stale: float) -> None:
+        make_run(self._run, self._group)
+        invitation: dict[str, Json] = {}
+        if self._world.size > 1:
+            addresses = self.channel.listen()
+            invitation = {"addresses": addresses, "port": self.channel.port, "token": self.channel.token}
+        self.holder = Holder.take(
+            self._run, self._world, invitation, at_least=self._lowest(), group=self._group, stale=stale
+        )
+        self.generation = self.holder.number
+        self.channel.every(BEAT_SECONDS, self.holder.beat)
+        self.channel.start()
+        if self._world.size == 1:
+            return
+        _publish(self._run, {**invitation, "generation": self.generation})
+        others = range(1, self._world.size)
+        joined = self.channel.collect("joined", others, end)
+        problem = None
+        blind = [rank for rank, answer in joined.items() if not answer["sees"]]
+        absent = [rank for rank in others if rank not in joined]
+        if blind:
+            problem = (
+                f"rank {blind[0]} on {joined[blind[0]]['host']} does not see {self._run} as rank 0 sees it: the ranks "
+                "do not share this disk. Use a directory on storage that all machines mount."
+            )
+        elif absent:
+            why = self.channel.why_gone(absent[0]) or "it did not come in time"
+            problem = (
+                f"rank {absent[0]} of {self._world.size} did not make its Checkpointer on {self._run}: {why}. Every "
+                "rank must make one, at the same point of the program."
+            )
+        self.channel.post("start", {"problem": problem, "generation": self.generation})
+        if problem:
+            raise PeerError(problem)
+
+    def _lowest(self) -> int:
+        """A new run directory beside an old mirror must not begin before what the mirror holds."""
+        if self._mirror is None:
+            return 1
+        there = catalog.entries(self._mirror)
+        notes = generation.highest_note(self._mirror)
+        here = catalog.newest(self._run)
+        if here is None and not disk.exists(self._mirror):
+            try:
+                disk.make_dirs(self._mirror)
+            except OSError as error:
+                raise LastGoodError(
+                    f"{self._run} holds no checkpoint, and the mirror {self._mirror} cannot be reached ({error}). It "
+                    "may hold the training's past, so nothing is started anew: bring the mirror back, or leave out "
+                    "mirror= for a new run."
+                ) from error
+        return max([entry.generation for entry in there] + [notes, 0]) + 1
+
+    def advance(self) -> None:
+        """Begin the next generation: after a roll-back."""
+        assert self.holder is not None
+        self.holder.advance(self._world, {})
+        self.generation = _joined[self._run] = self.holder.number
+
+    def clear_left_overs(self, events: Events) -> None:
+        """Delete what saves of earlier lives left behind: directories without a manifest, which nobody will finish."""
+        assert self.holder is not None
+        for entry in catalog.entries(self._run):
+            if entry.generation < self.generation and not entry.is_committed():
+                self.holder.check()
+                try:
+                    remove_directory(entry.path)
+                except OSError as error:
+                    _log.warning("the left-over %s could not be deleted: %s", entry.path, error)
+                    continue
+                events.report("delete", entry, "left over from a save that did not finish")
+
+    # -- another rank ---------------------------------------------------------------------------------------------
+
+    def _join(self, end: float) -> None:
+        after = _joined.get(self._run, 0)
+
+        def find() -> list[Json]:
+            seen = [_published(self._run)]
+            taken = generation.generations(self._run)
+            if taken:
+                record = generation.record(self._run, taken[-1])
+                seen.append(None if record is None else {**record, "generation": taken[-1]})
+            return [who for who in seen if who and who.get("port") and who["generation"] > after]
+
+        invitation = self.channel.join(find, end)
+        self.channel.start()
+        self.generation = int(invitation["generation"])
+        self.channel.post("joined", {"sees": self._sees(invitation), "host": socket.gethostname()})
+        start = self.channel.receive("start", end + _DISK_SECONDS)
+        if start["problem"]:
+            raise PeerError(start["problem"])
+        self.generation = start["generation"]
+
+    def _sees(self, invitation: Json) -> bool:
+        """Whether the run directory here is the one that rank 0 has taken."""
+        until = time.monotonic() + _DISK_SECONDS
+        while time.monotonic() < until:
+            record = generation.record(self._run, self.generation)
+            if record is not None:
+                return bool(record.get("token") == invitation["token"])
+            time.sleep(0.05)
+        return False
+
+    def close(self) -> None:
+        """Close the connections and give the run back."""
+        self.channel.close()
+        if self.holder is not None:
+            try:
+                self.holder.release()
+            except LastGoodError as error:
+                _log.warning("%s", error)
+
+
+def make_run(run: Path, group: int | None) -> None:
+    """Make the run directory where it does not exist. Raises LastGoodError where that cannot be."""
+    if disk.exists(run) and not run.is_dir():
+        raise LastGoodError(f"{run} is a file: a run is a directory. Move the file away or choose another name.")
+    try:
+        disk.make_dirs(run)
+        if group is not None:
+            disk.give_to_group(run, group)
+        probe = run / ".lastgood-write-test"
+        disk.remove(probe, missing_ok=True)
+        with disk.NewFile(probe):
+            pass
+        disk.remove(probe)
+    except OSError as error:
+        raise LastGoodError(
+            f"{run} cannot be written: {error}. Choose a directory that this user may write to, on a disk with space."
+        ) from error
+
+
+def _default_store() -> Any:
+    """The store of the training's process group, or None where there is none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    with contextlib.suppress(Exception):
+        # Private in torch, but there since 1.6; without it ranks still find each other through the run directory.
+        return distributed.distributed_c10d._get_default_store()
+    return None
+
+
+def _store_key(run: Path) -> str:
+    return "lastgood/" + hashlib.sha256(str(run).encode()).hexdigest()[:16]
+
+
+def _publish(run: Path, invitation: Json) -> None:
+    """Tell the address through the training's store too: ranks that do not see the disk can then say so at once."""
+    store = _default_store()
+    if store is not None:
+        store.set(_store_key(run), json.dumps(invitation))
+
+
+def _published(run: Path) -> Json | None:
+    store = _default_store()
+    if store is None or not store.check([_store_key(run)]):
+        return None
+    return json.loads(store.get(_store_key(run)))

@@ -1,0 +1,197 @@
+"""The data files of a checkpoint: plain safetensors files, written in one pass and checked while read.
+
+The header is padded with spaces to a multiple of 4096 bytes, so that the tensors begin at a page of the file; between
+tensors there are no holes, as the safetensors library demands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from lastgood import disk
+from lastgood.errors import DamagedError, LastGoodError
+from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum
+
+PAGE = 4096
+_BLOCK = 8 << 20
+# Bytes that are read at a time when only checking.
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 and newer
+    DTYPE_NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def dtype_name(dtype: torch.dtype, path: str) -> str:
+    """The name that safetensors gives a type. Raises LastGoodError for a type that it does not hold."""
+    if dtype not in DTYPE_NAMES:
+        raise LastGoodError(
+            f"{path}: a tensor of type {dtype} cannot be saved, since safetensors files do not hold that type. "
+            "Nothing was written. Convert it, or leave it out with leave_out=[...]."
+        )
+    return DTYPE_NAMES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor in host memory, about to be written."""
+
+    name: str
+    """The tensor's name in the state of this rank."""
+    label: str
+    """Its name in the checkpoint: another one where it is this rank's own version."""
+    dtype: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    tensor_shape: tuple[int, ...]
+    """Of the whole tensor."""
+    at: int
+    """First byte in the host buffer."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def entry(self) -> str:
+        """The name in the safetensors file: the tensor's own, with the box's place where it is only a part."""
+        whole = self.shape == self.tensor_shape
+        return self.label if whole else f"{self.label}@{','.join(map(str, self.offsets))}"
+
+
+def header(pieces: Sequence[Piece]) -> bytes:
+    """The safetensors header for `pieces` in this order: length field, JSON, padding."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "writer": "lastgood"}}
+    at = 0
+    for piece in pieces:
+        entries[piece.entry] = {
+            "dtype": piece.dtype,
+            "shape": list(piece.shape),
+            "data_offsets": [at, at + piece.size],
+        }
+        at += piece.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // PAGE) * PAGE - 8
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def write(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> tuple[ShardRecord, list[str]]:
+    """Write a shard and sync it. The name must be new.
+
+    Args:
+        path: the file.
+        pieces: what goes in, in file order; each lies in `buffer`.
+        buffer: host memory.
+
+    Returns:
+        The record of the file, and the checksum of every piece.
+    """
+    head = header(pieces)
+    digests: list[str] = []
+
+    def digest() -> None:
+        digests.append(checksum(head))
+        digests.extend(checksum(buffer[piece.at : piece.at + piece.size]) for piece in pieces)
+
+    # Both only read the buffer, and the hash releases the GIL: it is free while the disk is the slower one.
+    hashing = threading.Thread(target=digest, name="lastgood-checksum")
+    hashing.start()
+    try:
+        with disk.NewFile(path) as file:
+            file.write(head)
+            for begin, end in _runs(pieces):
+                file.write(buffer[begin:end])
+            file.sync()
+            size = file.size
+    finally:
+        hashing.join()
+    return ShardRecord(path.name, size, len(head), digests[0]), digests[1:]
+
+
+def _runs(pieces: Iterable[Piece]) -> list[tuple[int, int]]:
+    """Pieces that lie one after the other in memory, as one range: few large writes instead of many small ones."""
+    runs: list[tuple[int, int]] = []
+    for piece in pieces:
+        if runs and runs[-1][1] == piece.at:
+            runs[-1] = (runs[-1][0], piece.at + piece.size)
+        else:
+            runs.append((piece.at, piece.at + piece.size))
+    return [run for run in runs if run[0] < run[1]]
+
+
+def check_size(path: Path, record: ShardRecord) -> None:
+    """The quick check: the file is there and has the right length. Raises DamagedError."""
+    try:
+        size = disk.file_size(path)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if size != record.size:
+        raise DamagedError(f"{path} has {size} bytes instead of {record.size}")
+
+
+def check_chunk(path: Path, name: str, chunk: Chunk, data: memoryview, got: int) -> None:
+    """Whether `got` bytes read into `data` are the chunk. Raises DamagedError."""
+    if got != chunk.end - chunk.begin:
+        raise DamagedError(f"{path} ends in the middle of tensor {name!r}")
+    if checksum(data) != chunk.checksum:
+        raise DamagedError(
+            f"{path} is damaged: tensor {name!r} (bytes {chunk.begin} to {chunk.end}) does not match its checksum"
+        )
+
+
+def check_header(path: Path, record: ShardRecord) -> None:
+    """Whether the safetensors header is the one that was written; the size was checked before. Raises DamagedError."""
+    with disk.open_read(path) as file:
+        data = bytearray(record.header_size)
+        got = disk.read_into(file, 0, memoryview(data))
+    if got != record.header_size or checksum(data) != record.header_checksum:
+        raise DamagedError(f"{path} is damaged: its header does not match its checksum")
+
+
+def check_full(path: Path, record: ShardRecord, chunks: Sequence[tuple[str, Chunk]]) -> None:
+    """Read every byte of a shard from the disk and check it, in bounded memory. Raises DamagedError."""
+    check_size(path, record)
+    block = memoryview(bytearray(min(_BLOCK, record.size)))
+    try:
+        with disk.open_read(path) as file:
+            disk.drop_cache(file)
+            parts = [("the header", 0, record.header_size, record.header_checksum)]
+            parts += [(f"tensor {name!r}", chunk.begin, chunk.end, chunk.checksum) for name, chunk in chunks]
+            for what, begin, end, expected in sorted(parts, key=lambda part: part[1]):
+                state = xxhash.xxh3_128()
+                for at in range(begin, end, _BLOCK):
+                    part = block[: min(_BLOCK, end - at)]
+                    if disk.read_into(file, at, part) != len(part):
+                        raise DamagedError(f"{path} ends in the middle of {what}")
+                    state.update(part)
+                if state.hexdigest() != expected:
+                    raise DamagedError(
+                        f"{path} is damaged: {what} (bytes {begin} to {end}) does not match its checksum"
+                    )
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,362 @@
+"""The state of a job, flattened: named tensors, and for each registered object a JSON tree that refers to them.
+
+Names do not depend on how a model is wrapped: DDP's ``module.`` and ``torch.compile``'s ``_orig_mod.`` are left out,
+and an optimizer's state is filed under the names of its parameters. Tensors that share all their memory are saved
+once, so tied weights stay tied.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from lastgood import values
+from lastgood.errors import LastGoodError
+from lastgood.shard import dtype_name
+from lastgood.values import Json
+
+
+class Placement(enum.Enum):
+    """Who holds the bytes of a tensor, and so who writes them."""
+
+    ROOT = "root"
+    """Rank 0's version counts: everything in a job of one process, and buffers under DDP."""
+    REPLICATED = "replicated"
+    """The same on every rank, by what holds it (DDP) or by what the caller said: the writing is shared out."""
+    SHARDED = "sharded"
+    """Every rank holds a box of it (DTensor)."""
+    LOCAL = "local"
+    """Every rank has its own."""
+    UNKNOWN = "unknown"
+    """Nobody said: rank 0 writes it, another rank only where its version differs."""
+
+
+@dataclass(slots=True)
+class LocalTensor:
+    """A tensor of the state, as this rank holds it."""
+
+    tensor: torch.Tensor
+    """The part in this rank's memory."""
+    placement: Placement
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offsets: tuple[int, ...]
+    """Where this rank's part begins in the whole."""
+    whole: torch.Tensor
+    """The tensor as the object holds it: for a DTensor, the DTensor."""
+    writes: bool = True
+    """For SHARDED: False on a rank that holds a second copy of a box."""
+
+
+@dataclass(slots=True)
+class State:
+    """The flattened state of one rank."""
+
+    tensors: dict[str, LocalTensor]
+    objects: dict[str, Json]
+    kinds: dict[str, str]
+
+
+def kind_of(value: Any) -> str:
+    """What an object is to us: module, optimizer, stateful, generator, value."""
+    if isinstance(value, nn.Module):
+        return "module"
+    if isinstance(value, torch.optim.Optimizer):
+        return "optimizer"
+    if isinstance(value, torch.Generator):
+        return "generator"
+    if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+        return "stateful"
+    return "value"
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DDP and ``torch.compile``, in whatever order they were applied."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def refuse_unsupported(name: str, value: Any) -> None:
+    """Raise LastGoodError for objects whose state cannot be read without the other ranks."""
+    if type(value).__name__ == "ZeroRedundancyOptimizer":
+        raise LastGoodError(
+            f"{name}: ZeroRedundancyOptimizer gives its state only through a collective operation of all ranks, which "
+            "a save must not depend on. Use the plain optimizer, or FSDP2 (fully_shard), whose state is sharded too."
+        )
+    if isinstance(value, nn.Module):
+        for path, module in value.named_modules():
+            if type(module).__name__ == "FullyShardedDataParallel":
+                raise LastGoodError(
+                    f"{name}: {path or 'the module'} is wrapped in FSDP1, which hides its parameters. Use FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard): its parameters are DTensors, which are saved as they are."
+                )
+
+
+def clean_names(module: nn.Module) -> dict[str, str]:
+    """For every module path that a wrapper inside `module` adds to: the prefix to replace, and by what."""
+    renames = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        at = f"{path}." if path else ""
+        if isinstance(child, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            renames[at + "module."] = at
+        elif isinstance(getattr(child, "_orig_mod", None), nn.Module):
+            renames[at + "_orig_mod."] = at
+    return dict(sorted(renames.items(), key=lambda item: -len(item[0])))
+
+
+def clean(key: str, renames: Mapping[str, str]) -> str:
+    """`key` of a state_dict, without the wrappers' parts. Longest prefix first: inner wrappers before outer ones."""
+    for prefix, shorter in renames.items():
+        if key.startswith(prefix):
+            key = shorter + key[len(prefix) :]
+    return key
+
+
+def parameter_names(objects: Mapping[str, Any]) -> dict[int, str]:
+    """By id, the name of every parameter of every registered module."""
+    names: dict[int, str] = {}
+    for name, value in objects.items():
+        if isinstance(value, nn.Module):
+            module = unwrap(value)
+            renames = clean_names(module)
+            for key, parameter in module.named_parameters():
+                names.setdefault(id(parameter), f"{name}.{clean(key, renames)}")
+    return names
+
+
+def optimizer_names(name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
+    """The names of an optimizer's parameters, in the order of its ``state_dict`` indices."""
+    result = []
+    for number, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            # A parameter of no registered module has only its place to be known by.
+            result.append(names.get(id(parameter), f"{name}.group{number}.{position}"))
+    return result
+
+
+class Flattener:
+    """Turns registered objects into a :class:`State`.
+
+    Args:
+        objects: by name.
+        world_size: number of ranks of the job.
+        replicated: patterns of tensor names that the caller knows to be the same on all ranks.
+        local: patterns of tensor names of which every rank has its own.
+        leave_out: patterns of state paths that are not saved.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[str, Any],
+        *,
+        world_size: int,
+        replicated: Sequence[str] = (),
+        local: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
+    ) -> None:
+        self._objects = objects
+        self._world_size = world_size
+        self._replicated, self._local, self._leave_out = replicated, local, leave_out
+        self._tensors: dict[str, LocalTensor] = {}
+        self._seen: dict[tuple[Any, ...], str] = {}
+
+    def flatten(self, *, gradients: bool = False) -> State:
+        """The state of this moment. Values are copied into the tree; tensors are referred to, not copied."""
+        self._tensors, self._seen = {}, {}
+        names = parameter_names(self._objects)
+        placements = self._module_placements()
+        trees: dict[str, Json] = {}
+        kinds: dict[str, str] = {}
+        for name, value in self._objects.items():
+            refuse_unsupported(name, value)
+            kinds[name] = kind = kind_of(value)
+            if kind == "module":
+                trees[name] = self._module(name, value, placements, gradients)
+            elif kind == "optimizer":
+                trees[name] = self._optimizer(name, value, names, placements)
+            elif kind == "generator":
+                trees[name] = values.encode(value.get_state(), name, self._put(Placement.LOCAL))
+            elif kind == "stateful":
+                trees[name] = self._tree(value.state_dict(), name)
+            else:
+                trees[name] = self._tree(value, name)
+        return State(self._tensors, trees, kinds)
+
+    def _module_placements(self) -> dict[int, Placement]:
+        """By id, the placement of every parameter and buffer under DDP."""
+        placements: dict[int, Placement] = {}
+        if self._world_size == 1:
+            return placements
+        for value in self._objects.values():
+            if not isinstance(value, nn.Module):
+                continue
+            for module in value.modules():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    ignored = set(getattr(module, "parameters_to_ignore", ()))
+                    for key, parameter in module.module.named_parameters():
+                        if key not in ignored:
+                            placements[id(parameter)] = Placement.REPLICATED
+                    # DDP copies rank 0's buffers to the others at the next forward, unless told not to.
+                    buffers = Placement.ROOT if module.broadcast_buffers else Placement.LOCAL
+                    for key, buffer in module.module.named_buffers():
+                        placements[id(buffer)] = Placement.UNKNOWN if key in ignored else buffers
+        return placements
+
+    def _left_out(self, path: str) -> bool:
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._leave_out)
+
+    def _tree(self, value: Any, path: str, placement: Placement | None = None) -> Json:
+        if self._leave_out:
+            value = self._prune(value, path)
+        return values.encode(value, path, self._put(placement))
+
+    def _prune(self, value: Any, path: str) -> Any:
+        if type(value) is dict or (isinstance(value, dict) and type(value).__name__ == "OrderedDict"):
+            kept = {k: self._prune(v, f"{path}.{k}") for k, v in value.items() if not self._left_out(f"{path}.{k}")}
+            return type(value)(kept)
+        if type(value) is list:
+            # A hole in a list would move what follows: the place is kept.
+            return [
+                None if self._left_out(f"{path}[{i}]") else self._prune(v, f"{path}[{i}]") for i, v in enumerate(value)
+            ]
+        return value
+
+    def _put(self, placement: Placement | None = None) -> Any:
+        def put(path: str, tensor: torch.Tensor) -> str:
+            return self._add(path, tensor, placement)
+
+        return put
+
+    def _add(self, path: str, tensor: torch.Tensor, placement: Placement | None) -> str:
+        """Take a tensor into the state; returns the name under which it is saved, an earlier one where it is tied."""
+        part = local_part(tensor, path)
+        local = part.tensor
+        key = (local.device, local.data_ptr(), local.dtype, tuple(local.shape), local.stride(), part.shape)
+        if local.numel() and key in self._seen:
+            return self._seen[key]
+        dtype_name(local.dtype, path)
+        if self._world_size == 1:
+            part.placement = Placement.ROOT
+        elif part.placement is not Placement.SHARDED:
+            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self._local):
+                placement = Placement.LOCAL
+            elif any(fnmatch.fnmatchcase(path, pattern) for pattern in self._replicated):
+                placement = Placement.REPLICATED
+            part.placement = placement or Placement.UNKNOWN
+        name = path
+        while name in self._tensors:
+            name += "+"
+        self._tensors[name] = part
+        self._seen[key] = name
+        return name
+
+    def _module(self, name: str, value: nn.Module, placements: Mapping[int, Placement], gradients: bool) -> Json:
+        module = unwrap(value)
+        renames = clean_names(module)
+        by_key: dict[str, Placement] = {}
+        owners = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        for key, tensor in owners:
+            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                raise LastGoodError(
+                    f"{name}.{key} is a lazy parameter without a shape yet: run one forward pass before it is saved "
+                    "or restored."
+                )
+            if id(tensor) in placements:
+                by_key[key] = placements[id(tensor)]
+        tree: dict[str, Json] = {}
+        for key, tensor in module.state_dict().items():
+            path = f"{name}.{clean(key, renames)}"
+            if not self._left_out(path):
+                tree[clean(key, renames)] = values.encode(tensor, path, self._put(by_key.get(key)))
+        if not gradients:
+            return {"state": tree}
+        found = {}
+        for key, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                path = f"{name}.{clean(key, renames)}.grad"
+                found[clean(key, renames)] = values.encode(parameter.grad, path, self._put(Placement.LOCAL))
+        return {"state": tree, "gradients": found}
+
+    def _optimizer(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[int, str],
+        placements: Mapping[int, Placement],
+    ) -> Json:
+        state = optimizer.state_dict()
+        labels = optimizer_names(name, optimizer, names)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        tree: dict[str, Json] = {"state": {}, "groups": []}
+        for index, held in state["state"].items():
+            known = type(index) is int and index < len(labels)
+            label = labels[index] if known else str(index)
+            placement = placements.get(id(parameters[index])) if known else None
+            tree["state"][label] = self._tree(held, f"{name}.state.{label}", placement)
+        for number, group in enumerate(state["param_groups"]):
+            options = {key: option for key, option in group.items() if key != "params"}
+            encoded = self._tree(options, f"{name}.groups[{number}]", Placement.ROOT)
+            tree["groups"].append({"options": encoded, "params": [labels[index] for index in group["params"]]})
+        extra = {key: item for key, item in state.items() if key not in ("state", "param_groups")}
+        tree["extra"] = self._tree(extra, f"{name}.extra")
+        return tree
+
+
+def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
+    """What this rank holds of a tensor. Raises LastGoodError for a kind of tensor that cannot be saved or restored."""
+    kind = type(tensor)
+    if kind.__name__ == "DTensor":
+        return _dtensor_part(tensor, path)
+    if kind is not torch.Tensor and not isinstance(tensor, nn.Parameter | getattr(nn, "Buffer", nn.Parameter)):
+        raise LastGoodError(
+            f"{path}: a tensor of the class {kind.__module__}.{kind.__qualname__} cannot be saved. Nothing was "
+            "written. Convert it to a plain tensor, or leave it out with leave_out=[...]."
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise LastGoodError(f"{path}: a sparse or quantized tensor cannot be saved; convert it to a dense one.")
+    if tensor.device.type == "meta":
+        raise LastGoodError(f"{path} is on the meta device: it has a shape but no values to save or restore into.")
+    plain = tensor.detach()
+    return LocalTensor(plain, Placement.UNKNOWN, tuple(tensor.shape), (0,) * tensor.ndim, plain)
+
+
+def _dtensor_part(tensor: Any, path: str) -> LocalTensor:
+    from torch.distributed.tensor import Partial, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(isinstance(placement, Partial) for placement in tensor.placements):
+        raise LastGoodError(f"{path}: a DTensor with a pending reduction (Partial) cannot be saved; redistribute it.")
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    coordinate = tensor.device_mesh.get_coordinate()
+    # Of the ranks that hold the same box, the first along every replicated mesh dimension writes it.
+    writes = coordinate is not None and all(
+        coordinate[i] == 0 for i, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)
+    )
+    local = tensor.to_local().detach()
+    writes = writes and local.numel() > 0
+    return LocalTensor(local, Placement.SHARDED, tuple(tensor.shape), tuple(offsets), tensor, writes)
+
+
+def tensor_names(tree: Json) -> Iterable[str]:
+    """All tensors that a tree refers to."""
+    if isinstance(tree, dict):
+        if tree.get("$") in ("tensor", "ndarray"):
+            yield tree["v"]
+            return
+        for item in tree.values():
+            yield from tensor_names(item)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from tensor_names(item)
