@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -221,6 +222,20 @@ def make_dirs(path: Path) -> None:
         sync_dir(directory.parent)
 
 
+def make_private_dir(path: Path) -> None:
+    """Make a directory in a place that others can write to, for this user alone.
+
+    Raises PermissionError when the name is taken by something that another user made: it is not to be trusted.
+    """
+    with contextlib.suppress(FileExistsError):
+        make_dir(path)
+        if not WINDOWS:
+            os.chmod(path, 0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (not WINDOWS and status.st_uid != os.getuid()):
+        raise PermissionError(errno.EACCES, "this name was taken by another user", str(path))
+
+
 def remove_dir(path: Path, *, patience: float | None = None) -> None:
     """Delete one empty directory."""
 
@@ -239,7 +254,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Replace the content of a small file in place, neither atomically nor durably: for the heartbeat only."""
+    """Replace the content of a small file in place, neither atomically nor durably: for heartbeats and rounds."""
     with _observed("overwrite", path, data=memoryview(data)), open(_native(path), "wb", buffering=0) as file:
         file.write(data)
 

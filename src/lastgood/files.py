@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from lastgood import disk
-from lastgood.errors import LastGoodError
+from lastgood import disk, one_writer
+from lastgood.errors import DamagedError, LastGoodError, SaveError
 
 _COUNT = itertools.count()
 _BUFFER = 4 << 20
@@ -56,3 +57,113 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None], *, patience: flo
             f"unchanged. Close the program that has {path.name} open, then rename the new file by hand or save again."
         ) from error
     disk.sync_dir(path.parent)
+
+
+def save(
+    obj: object,
+    path: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    patience: float | None = None,
+    timeout: float = 300.0,
+) -> None:
+    """Save `obj` as ``torch.save`` does, whole or not at all; every rank of a job may call it, and one of them writes.
+
+    The file is written beside `path`, synced, and put in its place. Nothing is added to it: any torch opens it, and its
+    size is that of ``torch.save`` to a buffer. A path that ends in ``.safetensors`` takes a flat dict of tensors.
+
+    Args:
+        obj: what ``torch.save`` takes.
+        path: where. Its directory must exist. A symbolic link is followed.
+        rank: the rank of this process, where it cannot be seen from the environment or the process group. Rank 0
+            always writes; see :mod:`lastgood.one_writer` for how the others decide.
+        patience: seconds to try again while another program holds `path` open (Windows); 10 by default.
+        timeout: seconds to wait for another rank that is writing `path`; after that this one writes too.
+
+    Raises:
+        SaveError: the file could not be written; the old one is untouched and nothing is left behind.
+        LastGoodError: it could not be put in place; the complete data stay under the name that the error gives.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise SaveError(f"{target} was not saved: the directory {target.parent} does not exist. Make it first.")
+    writer = _safetensors_writer(obj, target) if target.suffix == ".safetensors" else _torch_writer(obj)
+
+    def write() -> None:
+        try:
+            replace_file(target, writer, patience=patience)
+        except OSError as error:
+            raise SaveError(
+                f"{target} was not saved: {error}. What had this name before is unchanged, and nothing is left behind. "
+                "Free some space or mend the permissions, then save again."
+            ) from error
+
+    one_writer.write_once(target, write, rank=rank, timeout=timeout)
+
+
+def _torch_writer(obj: object) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        import torch
+
+        # Through a file object, never a name: torch puts the name of a file into every member of the zip, and some
+        # programs tell models apart by their size in bytes.
+        torch.save(obj, file)
+
+    return write
+
+
+def _safetensors_writer(obj: object, path: Path) -> Callable[[BinaryIO], None]:
+    import torch
+
+    if not isinstance(obj, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in obj.items()):
+        raise SaveError(f"{path} was not saved: a .safetensors file holds a flat dict from names to tensors only.")
+
+    def write(file: BinaryIO) -> None:
+        from safetensors.torch import save as to_bytes
+
+        try:
+            data = to_bytes({name: tensor.contiguous() for name, tensor in obj.items()})
+        except (RuntimeError, ValueError) as error:
+            raise SaveError(f"{path} was not saved: {error}") from error
+        file.write(data)
+
+    return write
+
+
+def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", allow: Iterable[Any] = ()) -> Any:
+    """Load what :func:`save` or ``torch.save`` wrote, checked, without running any code from the file.
+
+    Args:
+        path: a torch file, or a .safetensors file, which gives a dict of tensors.
+        map_location: as in ``torch.load``.
+        allow: classes and functions, beyond those of tensors and plain containers, that the file may name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedError: the file is short, or bytes in it have changed.
+        RefusedError: reading it would run code from it.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(source))
+    if source.suffix == ".safetensors":
+        return _load_safetensors(source, map_location)
+    from lastgood import torchfile
+
+    damage = torchfile.verify(source)
+    if damage:
+        raise DamagedError(f"{source} is damaged: {'; '.join(damage)}. Load an earlier file, or a copy.")
+    return torchfile.read(source, map_location=map_location, allow=allow)
+
+
+def _load_safetensors(path: Path, map_location: Any) -> Any:
+    import safetensors.torch
+
+    with disk.open_read(path) as file:
+        data = file.read()
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        # The format has no checksum: what can be noticed is a header or a length that does not fit.
+        raise DamagedError(f"{path} is damaged: {error}. Load an earlier file, or a copy.") from error
+    return {name: tensor.to(map_location) for name, tensor in tensors.items()}
