@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lastgood import catalog, commit, disk, generation, program, random_state, stop
-from lastgood.coordinate import World, detect_world
+from lastgood.coordinate import detect_world
 from lastgood.errors import DamagedError, LastGoodError, PeerError, ReplacedError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.loop import Loop
@@ -43,8 +43,8 @@ class Checkpointer:
 
     Args:
         run: the run directory; made where it does not exist. All ranks must see the same one.
-        objects: what belongs to the state, by name (keyword arguments): modules (also in DDP or compiled), optimizers,
-            schedulers, scalers, samplers and whatever else has ``state_dict`` and ``load_state_dict``, torch generators,
+        objects: what belongs to the state, by name (keyword arguments): modules, also in DDP or compiled, optimizers,
+            schedulers, scalers, samplers, whatever else has ``state_dict`` and ``load_state_dict``, generators,
             tensors, dicts, lists and plain values.
         keep: which checkpoints are kept.
         every: :meth:`steps` saves after each so many steps.
@@ -215,9 +215,7 @@ class Checkpointer:
         self._restores += 1
         began = time.monotonic()
         mirror = Path(self._mirror.path) if self._mirror else None
-        restore = Restore(
-            self.run, mirror, self.world, self.channel, self._objects, strict, key, self._events.report
-        )
+        restore = Restore(self.run, mirror, self.world, self.channel, self._objects, strict, key, self._events.report)
         restored = restore.run_root(step, self.keep) if self._root else restore.run_member()
         self._objects.update(restored.values)
         self._settle(restored, key)

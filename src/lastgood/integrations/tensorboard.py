@@ -18,7 +18,7 @@ class Scalars:
             raise LastGoodError(
                 "tensorboard= needs the package tensorboard: pip install 'lastgood[tensorboard]'"
             ) from error
-        self._writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(directory))
 
     def write(self, step: int, size: int, seconds: float, stall: float) -> None:
         """Add one save: bytes, seconds until it was durable, seconds that it held training up."""
