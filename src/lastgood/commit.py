@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lastgood import catalog, disk
-from lastgood.coordinate import Channel, World
+from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.generation import Holder
 from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
@@ -25,6 +25,7 @@ from lastgood.shard import Piece
 from lastgood.shard import write as write_shard
 from lastgood.state import LocalTensor, Placement
 from lastgood.values import Json
+from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
 _MARGIN = 4 << 20

@@ -7,101 +7,24 @@ waiting. Nothing here touches the training's process group, so it works with glo
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import logging
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from lastgood import disk
-from lastgood.errors import LastGoodError, PeerError
+from lastgood.errors import PeerError
 from lastgood.values import Json
+from lastgood.world import World, job_id
 
 _log = logging.getLogger("lastgood")
 _HELLO_BYTES = 1 << 16
 _MESSAGE_BYTES = 1 << 30
 _HELLO_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class World:
-    """The place of this process in its job."""
-
-    rank: int
-    size: int
-    one_host: bool
-    """Whether all ranks are known to run on this machine."""
-
-
-def detect_world(rank: int | None = None, world_size: int | None = None) -> World:
-    """Rank and world size: as given, else from the process group, else from the launcher's variables, else alone.
-
-    Raises:
-        LastGoodError: only one of the two is given, or the rank is not below the world size.
-    """
-    if (rank is None) != (world_size is None):
-        raise LastGoodError("rank= and world_size= must be given together")
-    local_size = _environment_int("LOCAL_WORLD_SIZE")
-    if rank is None or world_size is None:
-        rank, world_size = _detected()
-    if not 0 <= rank < world_size:
-        raise LastGoodError(f"rank {rank} of {world_size}: ranks are counted from 0 and are below the world size")
-    master = os.environ.get("MASTER_ADDR", "")
-    one_host = world_size == 1 or local_size == world_size or master in ("127.0.0.1", "localhost", "::1")
-    return World(rank, world_size, one_host)
-
-
-def _detected() -> tuple[int, int]:
-    # Not imported here: a job of one process that never asked for torch.distributed does not get it.
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    # SLURM's variables of the step, not of the allocation: in an interactive allocation a plain python is alone.
-    for rank_name, size_name in (
-        ("RANK", "WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ):
-        rank, size = _environment_int(rank_name), _environment_int(size_name)
-        if rank is not None and size is not None:
-            return rank, size
-    return 0, 1
-
-
-def _environment_int(name: str) -> int | None:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else None
-
-
-def job_id() -> str:
-    """The same on all ranks of one launch, where the launcher says anything at all; differs between launches."""
-    names = (
-        "TORCHELASTIC_RUN_ID",
-        "TORCHELASTIC_RESTART_COUNT",
-        "SLURM_JOB_ID",
-        "SLURM_STEP_ID",
-        "OMPI_MCA_ess_base_jobid",
-    )
-    return hashlib.sha256("\0".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
-
-
-def machine_id() -> str:
-    """The same for all processes that one running kernel serves, in whatever container."""
-    try:
-        return disk.read_bytes(Path("/proc/sys/kernel/random/boot_id"), limit=100).decode().strip()
-    except OSError:
-        import uuid
-
-        return f"{socket.gethostname()}-{uuid.getnode():x}"
 
 
 class _Connection:

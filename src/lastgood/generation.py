@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 from lastgood import disk
-from lastgood.coordinate import World, machine_id
 from lastgood.errors import LastGoodError, ReplacedError, RunHeldError
 from lastgood.files import replace_file
 from lastgood.values import Json
+from lastgood.world import World, machine_id
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 60.0

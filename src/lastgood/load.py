@@ -19,7 +19,6 @@ from torch import nn
 
 from lastgood import disk, shard, values
 from lastgood.catalog import Entry
-from lastgood.coordinate import World
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.manifest import Chunk, Manifest, RankRecord
 from lastgood.shard import DTYPES
@@ -36,6 +35,7 @@ from lastgood.state import (
     unwrap,
 )
 from lastgood.values import Json
+from lastgood.world import World
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 from lastgood import catalog
 from lastgood.catalog import Entry
-from lastgood.coordinate import Channel, World
+from lastgood.coordinate import Channel
 from lastgood.errors import DamagedError, LastGoodError, MismatchError, PeerError
 from lastgood.load import Loading
 from lastgood.manifest import Manifest
 from lastgood.retain import Keep, Known, best_first
 from lastgood.values import Json
+from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
 LOAD_SECONDS = 3600.0

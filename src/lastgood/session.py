@@ -14,11 +14,12 @@ from typing import Any
 
 from lastgood import catalog, disk, generation
 from lastgood.commit import remove_directory
-from lastgood.coordinate import Channel, World
+from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, PeerError
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
+from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
 _joined: dict[Path, int] = {}
