@@ -1,0 +1,341 @@
+"""The only module that opens, syncs, renames or deletes.
+
+Everything that lastgood does to a file system goes through the functions below, so that a test can stand at this one
+door: :data:`observer` is called before and after each operation, and may record it, delay it, raise from it, or kill
+the process. What differs between operating systems is decided here, once, at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+WINDOWS = os.name == "nt"
+
+PATIENCE = 10.0
+"""Seconds for which an operation that the system refuses because another program has the file open is tried again."""
+
+_SHARING = (5, 32, 33)
+# Windows: access denied, sharing violation, lock violation. An indexer or a virus scanner that has the file open causes
+# any of the three, and lets go within a second or so.
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation on the file system, as :data:`observer` sees it."""
+
+    name: str
+    """create, write, sync, replace, link, remove, mkdir, rmdir, sync_dir, append, overwrite, read"""
+    path: Path
+    """What is operated on; for replace and link the new name."""
+    source: Path | None = None
+    """For replace and link: the name that exists."""
+    data: memoryview | None = None
+    """For write, append, overwrite: the bytes."""
+    file: BinaryIO | None = None
+    """For write: the open file, so that a test can write a part and die."""
+
+
+observer: Callable[[Operation, Literal["before", "after"]], None] | None = None
+"""Set by tests. May raise, in "before" to refuse an operation, in "after" to report a failure of one that happened."""
+
+
+@contextlib.contextmanager
+def _observed(
+    name: str,
+    path: Path,
+    *,
+    source: Path | None = None,
+    data: memoryview | None = None,
+    file: BinaryIO | None = None,
+) -> Iterator[None]:
+    watch = observer
+    if watch is None:
+        yield
+        return
+    operation = Operation(name, path, source, data, file)
+    watch(operation, "before")
+    yield
+    watch(operation, "after")
+
+
+def _native(path: Path) -> str:
+    """The path as the system call wants it: on Windows, long absolute paths need the ``\\\\?\\`` form."""
+    text = str(path)
+    if not WINDOWS or len(text) < 240 or text.startswith("\\\\?\\"):
+        return text
+    text = os.path.abspath(text)
+    return "\\\\?\\UNC\\" + text[2:] if text.startswith("\\\\") else "\\\\?\\" + text
+
+
+def is_held(error: OSError) -> bool:
+    """Whether the system refused because another program has the file open (Windows sharing violations)."""
+    return getattr(error, "winerror", None) in _SHARING
+
+
+def _patiently(operation: Callable[[], None], patience: float | None) -> None:
+    """Try `operation` again, with growing pauses, for as long as the file is held by another program."""
+    give_up = time.monotonic() + (PATIENCE if patience is None else patience)
+    pause = 0.005
+    while True:
+        try:
+            return operation()
+        except OSError as error:
+            if not is_held(error) or time.monotonic() + pause > give_up:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 0.5)
+
+
+class NewFile(io.RawIOBase):
+    """A file that did not exist, written from front to back.
+
+    Raises FileExistsError when the name is taken. Leaving the context closes the file; it does not sync it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _observed("create", path):
+            # Unbuffered: each write is one system call, and a failing one is reported by the call that made it.
+            self._file = open(_native(path), "xb", buffering=0)  # noqa: SIM115
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`; a short write is continued."""
+        view = memoryview(data).cast("B")
+        with _observed("write", self.path, data=view, file=self._file):
+            rest = view
+            while rest:
+                # Some systems take at most 2 GiB in one call; 256 MiB also lets a Ctrl-C through in between.
+                written = self._file.write(rest[: 1 << 28])
+                if not written:
+                    raise OSError(errno.EIO, "the disk took no bytes and gave no reason", str(self.path))
+                rest = rest[written:]
+        self.size += len(view)
+        return len(view)
+
+    def sync(self) -> None:
+        """Return when the bytes are on the disk."""
+        with _observed("sync", self.path):
+            _sync_descriptor(self._file.fileno())
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.close()
+        super().close()
+
+
+if sys.platform == "darwin":
+
+    def _sync_descriptor(descriptor: int) -> None:
+        import fcntl
+
+        # Apple's fsync does not empty the cache of the drive; F_FULLFSYNC does.
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+else:
+
+    def _sync_descriptor(descriptor: int) -> None:
+        os.fsync(descriptor)
+
+
+def sync_dir(path: Path) -> None:
+    """Make the names in a directory durable. Windows has no such call: there, the file system's journal does it."""
+    with _observed("sync_dir", path):
+        if WINDOWS:
+            return
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _sync_descriptor(descriptor)
+        except OSError as error:
+            # Some network and FUSE file systems do not know fsync of a directory (EINVAL, ENOTSUP); `doctor` says so.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def replace(source: Path, target: Path, *, patience: float | None = None) -> None:
+    """Give `source` the name `target`, atomically, taking the place of what had it."""
+
+    def once() -> None:
+        with _observed("replace", target, source=source):
+            os.replace(_native(source), _native(target))
+
+    _patiently(once, patience)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give the file `source` the second name `target`. Raises OSError where the file system has no hard links."""
+    with _observed("link", target, source=source):
+        os.link(_native(source), _native(target))
+
+
+def remove(path: Path, *, missing_ok: bool = False, patience: float | None = None) -> None:
+    """Delete one file."""
+
+    def once() -> None:
+        with _observed("remove", path):
+            os.unlink(_native(path))
+
+    try:
+        _patiently(once, patience)
+    except FileNotFoundError:
+        if not missing_ok:
+            raise
+
+
+def make_dir(path: Path) -> None:
+    """Make a directory that did not exist. Raises FileExistsError when the name is taken."""
+    with _observed("mkdir", path):
+        os.mkdir(_native(path))
+
+
+def make_dirs(path: Path) -> None:
+    """Make a directory and its parents, where they do not exist, and make their names durable."""
+    missing = []
+    here = path
+    while not here.is_dir():
+        missing.append(here)
+        if here.parent == here:
+            break
+        here = here.parent
+    for directory in reversed(missing):
+        try:
+            make_dir(directory)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise
+        sync_dir(directory.parent)
+
+
+def remove_dir(path: Path, *, patience: float | None = None) -> None:
+    """Delete one empty directory."""
+
+    def once() -> None:
+        with _observed("rmdir", path):
+            os.rmdir(_native(path))
+
+    _patiently(once, patience)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a log, in one write. It is not synced: a log line is no promise."""
+    data = memoryview((line + "\n").encode())
+    with _observed("append", path, data=data), open(_native(path), "ab", buffering=0) as file:
+        file.write(data)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Replace the content of a small file in place, neither atomically nor durably: for the heartbeat only."""
+    with _observed("overwrite", path, data=memoryview(data)), open(_native(path), "wb", buffering=0) as file:
+        file.write(data)
+
+
+def open_read(path: Path) -> BinaryIO:
+    """Open a file for unbuffered reading."""
+    with _observed("read", path):
+        return open(_native(path), "rb", buffering=0)
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """The whole content of a file of at most `limit` bytes; a larger one raises ValueError before it is read."""
+    with open_read(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{path} has {size} bytes, more than the {limit} that such a file may have")
+        return file.read()
+
+
+def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> int:
+    """Fill `buffer` from `offset` on; returns how many bytes there were. Threads may share a file on POSIX."""
+    done = 0
+    while done < len(buffer):
+        part = buffer[done : done + (1 << 28)]
+        if WINDOWS:
+            file.seek(offset + done)
+            count: Any = file.readinto(part)  # type: ignore[attr-defined]
+        else:
+            count = os.preadv(file.fileno(), [part], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    return os.stat(_native(path)).st_size
+
+
+def exists(path: Path) -> bool:
+    return os.path.lexists(_native(path))
+
+
+def names(path: Path) -> list[str]:
+    """The names in a directory, sorted; empty where there is none."""
+    try:
+        return sorted(os.listdir(_native(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user can still write to the file system of `path`."""
+    return shutil.disk_usage(_native(path)).free
+
+
+def give_to_group(path: Path, group: int) -> None:
+    """Let a group read and write what was made: for clusters where colleagues share a run directory."""
+    if WINDOWS:
+        return
+    os.chown(path, -1, group)
+    mode = os.stat(path).st_mode
+    os.chmod(path, mode | (0o070 if path.is_dir() else 0o060))
+
+
+class FileLock:
+    """An exclusive lock that the operating system holds for this process, and drops when the process ends.
+
+    It is a record lock: a forked child does not inherit it, and the same process can take it again. It is lost when
+    the process closes *any* descriptor of the file, so the file serves as a lock and for nothing else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(_native(path), "ab", buffering=0)  # noqa: SIM115
+
+    @classmethod
+    def try_acquire(cls, path: Path) -> FileLock | None:
+        """The lock, or None when another process of this machine has it."""
+        lock = cls(path)
+        try:
+            if WINDOWS:
+                import msvcrt
+
+                lock._file.seek(0)
+                msvcrt.locking(lock._file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            else:
+                import fcntl
+
+                fcntl.lockf(lock._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock._file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return None
+            raise
+        return lock
+
+    def release(self) -> None:
+        self._file.close()
