@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from lastgood.errors import DamagedError, LastGoodError, RefusedError
-from lastgood.pickle_limits import RecordType, check_keys, set_attributes
+from lastgood.pickle_limits import RecordType, check_keys, runs_anything, set_attributes
 from lastgood.unpickle import Known, Names
 
 MAX_DIMS = 64
@@ -39,8 +39,6 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_NEVER = frozenset(("os", "sys", "posix", "nt", "subprocess", "shutil", "importlib", "runpy", "pty", "socket"))
-_NEVER_BUILTINS = frozenset(("eval", "exec", "compile", "__import__", "getattr", "setattr", "open", "breakpoint"))
 
 
 @dataclass(frozen=True)
@@ -264,7 +262,7 @@ def _allowed_name(entry: Any) -> tuple[str, str, Any]:
         raise LastGoodError(f"allow: {entry!r} has no module and name; give (object, 'module.name') instead")
     origin = (str(getattr(value, "__module__", module)), str(getattr(value, "__qualname__", name)))
     for where, what in ((module, name), origin):
-        if where.partition(".")[0] in _NEVER or (where == "builtins" and what in _NEVER_BUILTINS):
+        if runs_anything(where, what):
             raise LastGoodError(f"allow: {where}.{what} runs whatever a file tells it to, and cannot be allowed")
     return module, name, value
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import torch
 
+from lastgood import disk
 from lastgood.errors import DamagedError, LastGoodError, RefusedError
 from lastgood.legacyfile import is_legacy, read_legacy
 from lastgood.rebuild import Rebuilder, Storage, StorageType, empty_storage, swap_bytes, whole
@@ -149,20 +150,18 @@ def verify(file: File) -> list[str]:
 @contextmanager
 def _opened(file: File) -> Iterator[tuple[BinaryIO, int]]:
     """The file and its size. Errors inside name the file."""
-    named = isinstance(file, str | os.PathLike)
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else str(getattr(file, "name", "the file"))
     try:
-        with Path(name).open("rb") if named else _kept_open(cast(BinaryIO, file)) as stream:
-            yield stream, stream.seek(0, io.SEEK_END)
+        if isinstance(file, str | os.PathLike):
+            with disk.open_read(Path(name)) as raw:
+                stream = io.BufferedReader(cast(io.RawIOBase, raw))
+                yield stream, stream.seek(0, io.SEEK_END)
+        else:
+            yield file, file.seek(0, io.SEEK_END)
     except LastGoodError as error:
         raise type(error)(f"{name}: {error}") from error.__cause__
     except OSError as error:
         raise LastGoodError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-@contextmanager
-def _kept_open(file: BinaryIO) -> Iterator[BinaryIO]:
-    yield file
 
 
 def _kind(stream: BinaryIO, size: int) -> Kind:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 from lastgood.errors import DamagedError, LastGoodError, RefusedError
-from lastgood.pickle_limits import PickledObject, RecordType, check_keys, check_size, set_attributes
+from lastgood.pickle_limits import PickledObject, RecordType, check_keys, check_size, runs_anything, set_attributes
 
 MAX_INT_BYTES = 1024
 """Longest integer. The largest that torch writes is its 10-byte magic number."""
@@ -211,6 +211,8 @@ class Unpickler:
         elif self._records == "all" or full in self._records:
             self._charge(_COST[dict])
             self._stack.append(RecordType(full))
+        elif runs_anything(module, name):
+            raise RefusedError(f"the file wants to use {full}, which runs whatever it is told; nothing was run")
         else:
             raise RefusedError(
                 f"the file wants to use {full}, which could run code; nothing was run. If you trust where the file "

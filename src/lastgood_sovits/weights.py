@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
-from lastgood import torchfile
+from lastgood import disk, torchfile
 from lastgood.errors import DamagedError, LastGoodError, RefusedError
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.weights_format import (
@@ -97,13 +98,16 @@ class _Restored(io.RawIOBase):
         return len(data)
 
 
-def open_restored(file: BinaryIO) -> tuple[BinaryIO, bytes, int]:
-    """(`file` as torch wrote it, its first 8192 bytes as they are, its size in bytes)."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    head = file.read(PRETRAINED_BYTES)
-    file.seek(0)
-    return (io.BufferedReader(_Restored(file)) if head[:2] in HEADERS else file), head, size
+@contextmanager
+def open_restored(path: Path) -> Iterator[tuple[BinaryIO, bytes, int]]:
+    """(the file as torch wrote it, its first 8192 bytes as they are, its size in bytes). Raises OSError."""
+    with disk.open_read(path) as raw:
+        file: BinaryIO = io.BufferedReader(cast(io.RawIOBase, raw))
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        head = file.read(PRETRAINED_BYTES)
+        file.seek(0)
+        yield (io.BufferedReader(_Restored(file)) if head[:2] in HEADERS else file), head, size
 
 
 def read_weights(path: str | Path, *, map_location: str | torch.device = "cpu") -> Weights:
@@ -113,10 +117,9 @@ def read_weights(path: str | Path, *, map_location: str | torch.device = "cpu") 
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            stream, head, size = open_restored(file)
-            content = torchfile.read(stream, map_location=map_location, records=RECORDS)
-            metadata = _metadata(file) if stream is file and head[:2] != b"PK" else None
+        with open_restored(path) as (file, head, size):
+            content = torchfile.read(file, map_location=map_location, records=RECORDS)
+            metadata = _metadata(file) if head[8:9] == b"{" else None
     except LastGoodError as error:
         kind = next(kind for kind in (DamagedError, RefusedError, LastGoodError) if isinstance(error, kind))
         raise kind(f"{path}: {str(error).removeprefix(f'{path}: ').removeprefix('the file: ')}") from error.__cause__
@@ -128,14 +131,11 @@ def read_weights(path: str | Path, *, map_location: str | torch.device = "cpu") 
         raise SovitsError(f"{path}: {error}") from error.__cause__
 
 
-def _metadata(file: BinaryIO) -> dict[str, Any] | None:
-    """What `convert` wrote beside the tensors in a safetensors file; None in other files."""
+def _metadata(file: BinaryIO) -> dict[str, Any]:
+    """What `convert` wrote beside the tensors in a safetensors file."""
     file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if file.read(1) != b"{":
-        return None
     # The header was checked when the tensors were read.
-    header = json.loads(b"{" + file.read(length - 1))
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     try:
         metadata = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
     except (ValueError, RecursionError) as error:
