@@ -18,7 +18,7 @@ from lastgood.errors import LastGoodError
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.weights import Weights, read_weights
 from lastgood_sovits.weights_format import LATEST
-from lastgood_sovits.weights_write import ReplaceFile, save_torch
+from lastgood_sovits.weights_write import ReplaceFile, plain_config, save_torch
 
 
 def read_pair(
@@ -179,7 +179,7 @@ def write_checkpoint(
         "lr_schedulers": [dict(scheduler)],
         "hparams_name": "kwargs",
         "hyper_parameters": {
-            "config": dict(config),
+            "config": plain_config(config),
             "output_dir": str(config.get("output_dir", "")),
             "is_train": True,
         },

@@ -107,7 +107,8 @@ def open_restored(path: Path) -> Iterator[tuple[BinaryIO, bytes, int]]:
         file.seek(0)
         head = file.read(PRETRAINED_BYTES)
         file.seek(0)
-        yield (io.BufferedReader(_Restored(file)) if head[:2] in HEADERS else file), head, size
+        marked = head[:2] in HEADERS and head[2:4] == b"\x03\x04"
+        yield (io.BufferedReader(_Restored(file)) if marked else file), head, size
 
 
 def read_weights(path: str | Path, *, map_location: str | torch.device = "cpu") -> Weights:

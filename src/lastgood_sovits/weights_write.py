@@ -5,6 +5,7 @@ Where upstream pickles its class `utils.HParams`, a plain nested dict is written
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO, Literal, get_args
 import torch
 
 from lastgood_sovits.errors import SovitsError
-from lastgood_sovits.weights_format import HEADERS, Mark, Version, header_for, plain, upstream_mark
+from lastgood_sovits.weights_format import HEADERS, Mark, Version, header_for, upstream_mark
 
 ReplaceFile = Callable[[Path, Callable[[BinaryIO], None]], object]
 """Puts a file in place at once and durably: `replace_file(path, write)` calls `write` with the open new file."""
@@ -57,7 +58,7 @@ def write_s2_weights(
     written where values overflow float16 or the version has no mark.
     """
     weight = half({name: tensor for name, tensor in tensors.items() if "enc_q" not in name})
-    content = {"config": plain(dict(config)), "info": f"{epoch}epoch_{step}iteration"}
+    content = {"config": plain_config(config), "info": f"{epoch}epoch_{step}iteration"}
     if lora_rank is not None:
         content["lora_rank"] = lora_rank
     write_content(path, weight, content, mark=mark_of(version, lora_rank is not None), replace_file=replace_file)
@@ -77,8 +78,24 @@ def write_s1_weights(
     """
     if bare := [name for name in tensors if not name.startswith("model.")]:
         raise SovitsError(f"stage-1 tensors are named model.*, these are not: {', '.join(bare[:5])}")
-    content = {"config": plain(dict(config)), "info": f"GPT-e{epoch}"}
+    content = {"config": plain_config(config), "info": f"GPT-e{epoch}"}
     write_content(path, half(tensors), content, mark=None, replace_file=replace_file)
+
+
+def plain_config(value: Any) -> Any:
+    """`value` as dicts, lists, text and numbers only, so that every loader takes it; paths become text.
+
+    Raises `SovitsError` that names the class of anything else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_config(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_config(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise SovitsError(f"a {type(value).__name__} in the configuration, which only holds plain values")
 
 
 def mark_of(version: Version, lora: bool) -> Mark:
