@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from lastgood.errors import DamagedError, LastGoodError, RefusedError
-from lastgood.pickle_limits import RecordType, check_keys, runs_anything, set_attributes
+from lastgood.pickle_limits import PickledObject, RecordType, check_keys, runs_anything, set_attributes
 from lastgood.unpickle import Known, Names
 
 MAX_DIMS = 64
@@ -36,6 +36,9 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
     "UntypedStorage": torch.uint8,
 }
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -150,8 +153,10 @@ class Rebuilder:
                 raise DamagedError("a tensor with unknown metadata")
         return tensor
 
-    def parameter(self, data: Any, requires_grad: Any, hooks: Any = None, state: Any = None) -> torch.nn.Parameter:
+    def parameter(self, data: Any, requires_grad: Any, hooks: Any = None, state: Any = None) -> Any:
         """`_rebuild_parameter` and `_rebuild_parameter_with_state`."""
+        if type(data) is PickledObject:
+            return data
         if not isinstance(data, torch.Tensor):
             raise DamagedError("a parameter without a tensor")
         _no_hooks(hooks)
@@ -201,12 +206,14 @@ class Rebuilder:
         shape, steps = _sizes(size, "a shape"), _sizes(stride, "the strides")
         return torch.empty_strided(shape, steps, dtype=dtype, device="meta", requires_grad=requires_grad is True)
 
-    def of_type(self, function: Any, new_type: Any, args: Any, state: Any) -> torch.Tensor:
+    def of_type(self, function: Any, new_type: Any, args: Any, state: Any) -> Any:
         """`_rebuild_from_type_v2`: a tensor, then its class and its attributes."""
+        if type(function) is RecordType:
+            return PickledObject(function.name, tuple(args), state)
         call = _TENSOR_CALLS.get(getattr(function, "__name__", ""))
         if call is None or function is not getattr(torch._utils, function.__name__, None):
             raise RefusedError("a tensor of a subclass that is made by an unknown function; nothing was run")
-        tensor: torch.Tensor = call(self, *args)
+        tensor = call(self, *args)
         if isinstance(new_type, type) and new_type is not type(tensor):
             if new_type not in (torch.Tensor, torch.nn.Parameter) and new_type not in self.allowed:
                 raise RefusedError(f"a tensor of class {new_type.__name__}, which is not allowed; nothing was run")
@@ -235,7 +242,7 @@ class Rebuilder:
         return table
 
 
-_TENSOR_CALLS: dict[str, Callable[..., torch.Tensor]] = {
+_TENSOR_CALLS: dict[str, Callable[..., Any]] = {
     "_rebuild_tensor": Rebuilder.tensor,
     "_rebuild_tensor_v2": Rebuilder.tensor,
     "_rebuild_tensor_v3": Rebuilder.tensor_of_dtype,

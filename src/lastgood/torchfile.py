@@ -29,6 +29,9 @@ from lastgood.ziparchive import CHUNK, ZipArchive
 MAX_PICKLE = 1 << 30
 """Bytes of `data.pkl`, which holds everything but the tensors' content."""
 
+ALIGNMENT = 64
+"""Bytes. torch aligns every storage to this; one that an archiver moved is copied, not mapped."""
+
 File = str | os.PathLike[str] | BinaryIO
 Kind = Literal["zip", "legacy", "torchscript", "safetensors", "unknown"]
 
@@ -218,7 +221,11 @@ def _placer(map_location: str | torch.device | None) -> Placer | None:
         where = location if map_location is None else str(map_location)
         if where == "cpu":
             return storage
-        return cast(torch.UntypedStorage, restore(storage, where))
+        try:
+            return cast(torch.UntypedStorage, restore(storage, where))
+        except RuntimeError as error:
+            hint = "" if map_location is not None else '; map_location="cpu" puts them all there'
+            raise LastGoodError(f"its tensors cannot be put on {where[:50]!r}{hint}: {str(error)[:200]}") from error
 
     return place
 
@@ -265,7 +272,7 @@ class _ZipStorages:
         if key not in self._loaded:
             if self._place is None:
                 data = empty_storage(nbytes, "meta")
-            elif self._mapped is not None:
+            elif self._mapped is not None and member.offset % ALIGNMENT == 0:
                 data = self._place(self._mapped[member.offset : member.offset + nbytes], location)
             else:
                 data = empty_storage(nbytes)

@@ -130,7 +130,7 @@ class Unpickler:
             raise
         except DamagedError as error:
             raise DamagedError(f"at byte {self._size - self._left} of the pickle: {error}") from error.__cause__
-        except LastGoodError:
+        except (LastGoodError, OSError, MemoryError):
             raise
         except Exception as error:  # a constructor of torch or of an allowed class can raise anything
             what = f"{type(error).__name__}: {str(error)[:300]}"
