@@ -239,6 +239,8 @@ def _fill(storage: torch.UntypedStorage, chunks: Iterable[bytes]) -> None:
         ctypes.memmove(address, chunk, len(chunk))
         address += len(chunk)
         left -= len(chunk)
+    if left:
+        raise DamagedError(f"{left} bytes of a storage are missing")
 
 
 class _ZipStorages:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save
 
 from lastgood.errors import DamagedError, LastGoodError, RefusedError
 from lastgood_sovits.cli.weights import weights as command
@@ -40,7 +41,7 @@ from lastgood_sovits.weights_format import (
     s2_name,
     upstream_mark,
 )
-from lastgood_sovits.weights_write import half, write_s1_weights, write_s2_weights
+from lastgood_sovits.weights_write import half, save_torch, write_s1_weights, write_s2_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTENTS: dict[str, Any] = json.loads((GOLDEN / "weights/contents.json").read_text())
@@ -357,6 +358,24 @@ def test_an_error_of_the_disk_is_raised_as_it_was(tmp_path: Path) -> None:
         )
 
 
+def test_an_error_of_the_disk_is_raised_where_torch_only_says_that_writing_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(content: Any, file: Any) -> None:
+        try:
+            file.write(b"PK")
+        except OSError:
+            raise RuntimeError("PytorchStreamWriter failed writing file") from None
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_torch(tmp_path / "a.pth", {}, lambda path, write: write(Full()))
+
+
 def test_configs_with_live_objects_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     with pytest.raises(SovitsError, match="SimpleNamespace"):
@@ -493,6 +512,15 @@ def test_safetensors_and_back_changes_nothing(tmp_path: Path, name: str) -> None
     upstream_loads(tmp_path / f"b{suffix}")  # no HParams any more
     if original.kind == "s2":
         assert upstream_detects(tmp_path / f"b{suffix}") == original.version
+
+
+def test_a_safetensors_file_whose_length_looks_like_a_header_is_read(tmp_path: Path) -> None:
+    # The length of its header comes first; 12336 is "00" in two bytes.
+    tensors = read_weights(GOLDEN / "weights/tiny_v2_e1_s5.pth").tensors
+    plain = len(save(tensors, {"pad": ""})) - sum(tensor.nbytes for tensor in tensors.values()) - 8
+    (tmp_path / "a.safetensors").write_bytes(save(tensors, {"pad": "x" * (12336 - plain)}))
+    assert (tmp_path / "a.safetensors").read_bytes()[:2] == b"00"
+    assert read_weights(tmp_path / "a.safetensors").version == "v2"
 
 
 def test_the_header_is_added_and_stripped(tmp_path: Path) -> None:
