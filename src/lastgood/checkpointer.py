@@ -26,7 +26,7 @@ from lastgood.retain import Keep
 from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
-from lastgood.state import Flattener, State
+from lastgood.state import Flattener, State, unsaved_parameters
 from lastgood.world import detect_world
 
 _log = logging.getLogger("lastgood")
@@ -107,7 +107,7 @@ class Checkpointer:
         self._objects: dict[str, Any] = dict(objects)
         self._flattener = (replicated, local, leave_out)
         self._gradients = gradients
-        self._flatten()  # What cannot be saved is refused now, not after hours of training.
+        state = self._flatten()  # What cannot be saved is refused now, not after hours of training.
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
@@ -121,6 +121,14 @@ class Checkpointer:
         self._closed = False
         self._forked = False
         show_log(self.world.rank)
+        for name, labels in unsaved_parameters(self._objects, state).items() if self.world.rank == 0 else ():
+            _log.warning(
+                "%s optimizes %d parameters that belong to no registered module, first %s: their values are not saved. "
+                "Register the module too.",
+                name,
+                len(labels),
+                labels[0],
+            )
         former = _live.get(self.run)
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
