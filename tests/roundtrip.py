@@ -98,7 +98,7 @@ def round_trip(
     before = None if train is None else random.getstate()
     with lastgood.Checkpointer(run, **arguments, **second) as restorer:
         assert restorer.restore() == steps
-        second = {name: restorer[name] for name in second}
+        second = {name: restorer[name] for name in first}
     assert before is None or before != random.getstate()
     assert (found := difference(states(first), states(second))) is None, found
     if train is not None:

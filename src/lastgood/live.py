@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from lastgood.state import memory_key
 
 
 def uncast(saved: Any, cast: Any) -> Any:
@@ -51,17 +54,52 @@ def is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
     return True
 
 
-def into_value(value: Any, saved: Any) -> Any:
-    """A restored plain value; dicts, lists and tensors are changed in place, so that all who hold them see it."""
-    if type(value) is dict and type(saved) is dict:
-        value.clear()
-        value.update(saved)
-        return value
-    if type(value) is list and type(saved) is list:
-        value[:] = saved
-        return value
+def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any:
+    """A restored plain value. Containers and tensors are changed in place, so that all who hold them see it.
+
+    Args:
+        value: the present value.
+        saved: the restored one.
+        taken: what was changed so far: an object that is in two places now, but was saved as two, takes one of them.
+    """
     if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
+        key = memory_key(value)
+        if key == memory_key(saved):
+            taken.add(key)
+            return value  # It was read into.
+        expanded = any(stride == 0 for stride in value.stride())
+        if not top or expanded or key in taken or (value.dtype, value.shape) != (saved.dtype, saved.shape):
+            return saved
+        taken.add(key)
         with torch.no_grad():
             value.copy_(saved)
         return value
-    return saved
+    if type(value) is not type(saved) or id(value) in taken:
+        return saved
+    if isinstance(value, dict | list | set | bytearray) or (
+        isinstance(value, collections.deque) and value.maxlen == saved.maxlen
+    ):
+        taken.add(id(value))
+    if isinstance(value, dict):
+        items = {key: into_value(value.get(key), item, taken, False) for key, item in saved.items()}
+        value.clear()
+        for key, item in items.items():
+            value[key] = item
+    elif isinstance(value, list):
+        here = [*value, *[None] * len(saved)]
+        value[:] = [into_value(old, item, taken, False) for old, item in zip(here, saved, strict=False)]
+    elif isinstance(value, set):
+        value.clear()
+        value.update(saved)
+    elif isinstance(value, bytearray):
+        value[:] = saved
+    elif isinstance(value, collections.deque) and value.maxlen == saved.maxlen:
+        value.clear()
+        value.extend(saved)
+    elif type(value).__name__ == "ndarray" and (value.dtype, value.shape) == (saved.dtype, saved.shape):
+        if not value.flags.writeable:
+            return saved
+        value[...] = saved
+    else:
+        return saved
+    return value

@@ -116,6 +116,7 @@ class Loading:
         """
         self._read()
         restored: dict[str, Any] = {}
+        taken: set[Any] = set()
         for name, value in self.objects.items():
             if name not in self.manifest.objects or kind_of(value) != self.manifest.kinds.get(name):
                 continue
@@ -129,7 +130,7 @@ class Loading:
             elif kind == "stateful":
                 value.load_state_dict(self._decode(self._tree(name)))
             else:
-                restored[name] = into_value(value, self._decode(self._tree(name)))
+                restored[name] = into_value(value, self._decode(self._tree(name)), taken)
         return restored
 
     def random(self) -> Json:
