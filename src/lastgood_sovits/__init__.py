@@ -1,0 +1,1 @@
+"""A GPT-SoVITS trainer built on lastgood."""
