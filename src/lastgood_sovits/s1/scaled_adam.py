@@ -1,9 +1,9 @@
 """ScaledAdam: Adam whose steps are relative to the size of each parameter tensor.
 
-The optimizer of the icefall recipes (k2-fsa/icefall, `zipformer/optim.py`; described in "Zipformer", Yao et al. 2024,
-section 3.5), in the form that GPT-SoVITS trains stage 1 with. A tensor is thought of as direction times scale: the
-direction moves by Adam steps times the tensor's root mean square, and the scale is learnt on its own, in the log domain,
-from the sum of parameter times gradient.
+The optimizer of the icefall recipes (k2-fsa/icefall, `zipformer/optim.py`; described in "Zipformer", Yao et al. 2024),
+in the form that GPT-SoVITS trains stage 1 with. A tensor is thought of as direction times scale: the direction moves by
+Adam steps times the tensor's root mean square, and the scale is learnt on its own, in the log domain, from the sum of
+parameter times gradient.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class ScaledAdam(Optimizer):
             )
         if step < period or "model_norm_threshold" not in first:
             return 1.0
-        factor = min(1.0, first["model_norm_threshold"] / (norm.item() + 1e-20))
+        factor = min(1.0, float(first["model_norm_threshold"]) / (norm.item() + 1e-20))
         if factor < 1.0:
             first["num_clipped"] = first.get("num_clipped", 0) + 1
         return factor
