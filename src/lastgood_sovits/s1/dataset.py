@@ -59,10 +59,10 @@ class Clip:
 class S1Dataset(Dataset[tuple[Clip, Tensor]]):
     """Clips that have phones and codes, in the order of the codes' file.
 
-    Reads 2-name2text.txt (name, phones, word2ph, text; TAB between fields, blank between phones), 6-name2semantic.tsv (a
-    header line, then name and codes) and, per clip, 3-bert/<name>.pt ((1024, phones), zeros where there is no file).
-    An item is a clip and its (1024, phones) float32 text features. Item i of n clips is clip i modulo n: fewer than 100
-    clips are repeated as upstream repeats them, at least twice.
+    Reads 2-name2text.txt (name, phones, word2ph, text; TAB between fields, blank between phones), 6-name2semantic.tsv
+    (a header line, then name and codes) and, per clip, 3-bert/<name>.pt ((1024, phones), zeros where there is no file).
+    An item is a clip and its (1024, phones) float32 text features. Item i of n clips is clip i modulo n: fewer than
+    100 clips are repeated as upstream repeats them, at least twice.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
     ) -> None:
         """`symbol_ids` maps phones to ids; `max_sec` is the longest clip in seconds.
 
-        What is dropped is in `dropped`, with the reason, and is logged. Raises SovitsError when a file cannot be read or
-        no clip remains.
+        What is dropped is in `dropped`, with the reason, and is logged. Raises SovitsError when a file cannot be read
+        or no clip remains.
         """
         self._bert = Path(phoneme_path).parent / "3-bert"
         self.dropped: list[Dropped] = []
@@ -82,8 +82,8 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
         self._report()
         if not self.clips:
             raise SovitsError(
-                f"None of the clips in {semantic_path} can be trained on ({self._summary()}). Prepare the data set again "
-                "and check that 2-name2text.txt and 6-name2semantic.tsv come from the same audio and version."
+                f"None of the clips in {semantic_path} can be trained on ({self._summary()}). Prepare the data set "
+                "again and check that 2-name2text.txt and 6-name2semantic.tsv come from the same audio and version."
             )
         few = len(self.clips) < FEW_CLIPS
         self.repeats = max(2, FEW_CLIPS // len(self.clips)) if few else 1
@@ -151,13 +151,13 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
             features = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:  # no text features for this language
             return torch.zeros(wanted)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # also a file that would run code
             raise SovitsError(f"The text features {path} cannot be read; prepare them again. ({error})") from error
         if not isinstance(features, Tensor) or tuple(features.shape) != wanted:
             found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise SovitsError(
-                f"The text features {path} are {found}, but the clip's {wanted[1]} phones need {list(wanted)}; the text has "
-                "changed since they were made. Prepare the text features again."
+                f"The text features {path} are {found}, but the clip's {wanted[1]} phones need {list(wanted)}; the "
+                "text has changed since they were made. Prepare the text features again."
             )
         return features.float()
 

@@ -21,8 +21,8 @@ BUCKET_SECONDS = 2.0
 def make_buckets(seconds: Sequence[float]) -> list[list[int]]:
     """Clips sorted by length, in buckets of about two seconds.
 
-    A bucket ends at the first clip past its upper bound, and the bound then grows by one width only, even where the next
-    clip is far longer. This is upstream's rule; a bucket may be empty.
+    A bucket ends at the first clip past its upper bound, and the bound then grows by one width only, even where the
+    next clip is far longer. This is upstream's rule; a bucket may be empty.
     """
     buckets: list[list[int]] = []
     current: list[int] = []
@@ -52,9 +52,10 @@ def epoch_order(seconds: Sequence[float], *, seed: int, group: int) -> list[int]
 class BucketBatchSampler(Sampler[list[int]]):
     """Micro-batches of clips of similar length, for one rank of many; a batch sampler for `DataLoader`.
 
-    All ranks share one order per epoch and take every world-th clip of it; where it does not divide, clips from its head
-    are repeated. The position in it is counted in clips of all ranks, so a checkpoint taken in mid-epoch resumes with any
-    number of ranks: the rest of that epoch keeps its order, and every clip not yet seen is still seen as often as planned.
+    All ranks share one order per epoch and take every world-th clip of it; where it does not divide, clips from its
+    head are repeated. The position in it is counted in clips of all ranks, so a checkpoint taken in mid-epoch resumes
+    with any number of ranks: the rest of that epoch keeps its order, and every clip not yet seen is still seen as often
+    as planned.
 
     Iterating yields the rest of the current epoch and changes nothing, since a loader reads ahead of the training. Call
     `advance` after each batch that was trained on; the epoch changes by itself at its end.
