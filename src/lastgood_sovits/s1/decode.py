@@ -30,7 +30,7 @@ def generate(
 ) -> list[Tensor]:
     """Codes that continue `prompt` for each of B texts.
 
-    `phones`: B tensors (x,) int64; `bert`: B tensors (1024, x); `prompt`: (B, P) int64 codes of the voice, P at least 1.
+    `phones`: B tensors (x,) int64; `bert`: B tensors (1024, x); `prompt`: (B, P) int64 codes of the voice, P > 0.
     Decoding ends at the end code, which is not returned, or after `max_codes` new codes. `top_k=1` is greedy. A code
     that occurred before has its logit divided (if positive) or multiplied (if negative) by `repetition_penalty`.
     Returns B tensors (P + new,). The model should be in eval mode.

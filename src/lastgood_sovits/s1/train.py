@@ -224,7 +224,8 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
 
-        Gradients may be restored before or after. If there are none when training goes on, the open window starts again.
+        Gradients may be restored before or after. If there are none when training goes on, the open window starts
+        again.
         """
         self.position = int(state["position"])
         self.micro_batches = int(state["micro_batches"])
