@@ -185,8 +185,8 @@ def test_greedy_decoding_of_three_texts(golden: Any, models: Any, size: str) -> 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_float64_agrees_far_more_tightly(golden: Any, models: Any, size: str) -> None:
-    """1e-7 relative for losses, 1e-6 for gradients: the position table is float32 on both sides, and its last bits
-    depend on the processor (measured: 4e-9 of the loss)."""
+    """1e-7 relative for losses, 1e-6 for gradients: the position table is float32 on both sides, and the last bits of
+    a sine may differ between math libraries (measured: 4e-9 of the loss)."""
     expected = golden.json("float64")[f"s1_{size}"]
     model = golden.model(size).double()
     for case, batch, compat, total, gradients in (
