@@ -59,6 +59,11 @@ def _additive(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")).to(device, non_blocking=True)
 
 
+def _attends_per_clip(device: torch.device) -> bool:
+    """Where a kernel launch costs next to nothing."""
+    return device.type == "cpu"
+
+
 class PackedLayout:
     """Real tokens only: phones and codes of clip 0, then of clip 1, and so on.
 
@@ -99,7 +104,7 @@ class PackedLayout:
         self.target_index = put(_ranges([b * (y_width + 1) for b in range(clips)], targets))
         self.target_clip = put(torch.repeat_interleave(torch.arange(clips), torch.tensor(targets)))
         self._phones, self._totals = phones, totals
-        self._per_clip = device.type == "cpu"
+        self._per_clip = _attends_per_clip(device)
         if self._per_clip:
             self._masks = [_additive(_clip_mask(x, y)[x:], device, dtype) for x, y in zip(phones, codes, strict=True)]
         else:

@@ -74,6 +74,7 @@ class SelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(DROPOUT)  # of the attention weights; only its rate is used
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -82,7 +83,7 @@ class SelfAttention(nn.Module):
         return F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        attended = layout.attend(self.project(tokens), self.heads, DROPOUT if self.training else 0.0)
+        attended = layout.attend(self.project(tokens), self.heads, self.dropout.p if self.training else 0.0)
         out: Tensor = self.out_proj(attended)
         return out
 

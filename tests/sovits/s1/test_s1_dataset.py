@@ -145,7 +145,13 @@ def test_damaged_or_hostile_text_features_are_refused_and_run_nothing(experiment
     content = path.read_bytes()
     hostile = io.BytesIO()
     torch.save(Hostile(), hostile)
-    for damaged in (content[:-1000], b"", b"not a file of torch", pickle.dumps(Hostile()), hostile.getvalue()):
+    for damaged in (
+        content[:-1000],
+        b"",
+        b"not a file of torch",
+        pickle.dumps(Hostile(), protocol=2),
+        hostile.getvalue(),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(SovitsError, match=r"good\.wav\.pt cannot be read"):
             dataset[0]
