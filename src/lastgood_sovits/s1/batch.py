@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,16 +42,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def moved(codes: Codes) -> Codes:
-            return replace(codes, ids=codes.ids.to(device, non_blocking=True))
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which `to` copies without waiting; `DataLoader` calls this."""
+        return self._with_tensors(torch.Tensor.pin_memory)
 
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            phones=self.phones.to(device, non_blocking=True),
-            bert=self.bert.to(device, non_blocking=True),
-            codes=moved(self.codes),
-            rejected=None if self.rejected is None else moved(self.rejected),
+            phones=change(self.phones),
+            bert=change(self.bert),
+            codes=replace(self.codes, ids=change(self.codes.ids)),
+            rejected=None if self.rejected is None else replace(self.rejected, ids=change(self.rejected.ids)),
         )
 
     def with_rejected(self, generator: torch.Generator, *, upstream_compat: bool = False) -> Batch:

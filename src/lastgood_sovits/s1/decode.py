@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lastgood_sovits.s1.model import Decoder, EncoderLayer
+from lastgood_sovits.s1.model import Decoder
 
 MIN_CODES = 11
 """The end is barred from the first 11 codes (0.44 s): shorter answers are failures."""
@@ -60,7 +60,7 @@ class _Grid:
 
     def __init__(self, decoder: Decoder, phones: Sequence[Tensor], bert: Sequence[Tensor], prompt: Tensor) -> None:
         self._decoder = decoder
-        self._layers: list[EncoderLayer] = list(decoder.h.layers)  # type: ignore[arg-type]
+        self._layers = decoder.h.stack()
         self._caches: list[tuple[Tensor, Tensor]] = []
         self._prompt = prompt
         self._position = prompt.shape[1]

@@ -118,6 +118,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(width, heads) for _ in range(layers))
 
+    def stack(self) -> list[EncoderLayer]:
+        """The layers, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]
+
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         for layer in self.layers:
             tokens = layer(tokens, layout)
@@ -225,6 +229,11 @@ class Text2Semantic(nn.Module):
         self.upstream_compat = upstream_compat
         self.beta = beta
         self.model = Decoder(config)
+
+    def compile_layers(self) -> None:
+        """Lets torch.compile fuse what follows the attention in every layer; lengths may vary. Worth it on a GPU."""
+        for layer in self.model.h.stack():
+            layer.feed_forward = torch.compile(layer.feed_forward, dynamic=True)  # type: ignore[method-assign]
 
     def score(self, batch: Batch, codes: Sequence[Codes] | None = None) -> Scores:
         """Teacher-forced pass over `batch` (on the model's device) with its own codes, or with `codes`.

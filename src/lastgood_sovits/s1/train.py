@@ -141,6 +141,7 @@ class TrainStep:
 
         All ranks must call it, as they are all at the same position.
         """
+        self._check_open_window()
         if self.position == 0:
             return False
         if isinstance(self.model, DistributedDataParallel) and self._local_gradients:
@@ -174,7 +175,8 @@ class TrainStep:
     def _losses_finite(self) -> bool:
         """Whether the losses of this window are finite on all ranks; every rank gets the same answer."""
         # Losses from before a resume are not known here; theirs would show in the restored gradients.
-        finite = torch.stack([loss.isfinite() for loss, _ in self._seen]).all().float()
+        flags = [loss.isfinite() for loss, _ in self._seen] or [torch.ones((), device=self.device)]
+        finite = torch.stack(flags).all().float()
         if isinstance(self.model, DistributedDataParallel):
             dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.model.process_group)
         return bool(finite)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lastgood_sovits.errors import SovitsError
-from lastgood_sovits.s1 import S1Dataset, collate
+from lastgood_sovits.s1 import Batch, BucketBatchSampler, S1Dataset, collate
 
 SYMBOLS = {symbol: number for number, symbol in enumerate(["!", "a", "b", "c", "UNK"])}
 
@@ -123,6 +125,24 @@ def test_collate_pads_on_the_right(experiment: Experiment) -> None:
     assert batch.codes.ids[1].tolist() == [9] * 25 + [1024] * 25
     assert batch.bert.shape == (2, 1024, 18)
     assert batch.bert[0].abs().sum() == 0 and batch.bert[1].sum() == 1024 * 6 and batch.bert[1, :, 6:].sum() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_the_samplers_batches_and_resumes(experiment: Experiment, workers: int) -> None:
+    for number in range(120):
+        experiment.add(f"{number}.wav", ["a"] * 18, [number] * (30 + number % 40))
+    dataset = experiment.open()
+    sampler = BucketBatchSampler(dataset.seconds, batch_size=8)
+    expected = [tuple(dataset.clips[i].name for i in batch) for batch in sampler]
+
+    def load() -> Iterator[Batch]:
+        return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
+
+    loader = load()
+    for names in expected[:3]:
+        assert next(loader).names == names
+        sampler.advance()
+    assert [batch.names for batch in load()] == expected[3:]
 
 
 def test_text_features_of_the_wrong_length_name_the_file(experiment: Experiment) -> None:

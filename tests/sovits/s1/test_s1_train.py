@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s1 import Batch, LockedRate, Text2Semantic, TrainStep, make_optimizer
 from lastgood_sovits.s1.config import ModelConfig
+from lastgood_sovits.s1.model import Scores
 
 LENGTHS = ((7, 12), (5, 9))
 
@@ -118,6 +119,19 @@ def test_flush_uses_an_open_window_once(small_config: ModelConfig, batches: list
     assert step.optimizer_steps == 2 and step.position == 0 and not step.flush()
 
 
+def test_flush_works_right_after_a_resume(small_config: ModelConfig, batches: list[Batch]) -> None:
+    step = make(small_config)
+    step(batches[0])
+    resumed = make(small_config)
+    resumed.load_state_dict(step.state_dict())
+    for parameter, source in zip(resumed.model.parameters(), step.model.parameters(), strict=True):
+        parameter.grad = source.grad.clone()
+    assert resumed.flush() and step.flush() and same(parameters(step), parameters(resumed))
+    lost = make(small_config)
+    lost.load_state_dict({**step.state_dict(), "position": 1})
+    assert not lost.flush()
+
+
 def test_a_window_that_is_not_finite_changes_nothing_and_names_its_clips(
     small_config: ModelConfig, batches: list[Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,6 +219,12 @@ def test_one_pass_over_chosen_and_rejected_equals_two(small_config: ModelConfig,
     torch.testing.assert_close(losses.cross_entropy, chosen.negative_log_probs().sum())
 
 
+def test_top3_counts_a_target_with_at_most_two_likelier_codes() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4)
+    scores = Scores(logits=logits, targets=torch.arange(4), clip=torch.zeros(4, dtype=torch.long), hidden=logits)
+    assert scores.top3().tolist() == [True, True, True, False]
+
+
 def test_corruption_touches_real_codes_only(random_batch: Callable[..., Batch]) -> None:
     batch = random_batch((5, 30), (5, 8), (5, 1))
     kinds = set()
@@ -237,6 +257,10 @@ def test_the_attention_grid_equals_the_attention_clip_by_clip(
     torch.testing.assert_close(found.total, expected.total)
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(batch)
+    rounded.total.backward()
+    torch.testing.assert_close(rounded.total, expected.total, rtol=0.02, atol=0.0)
 
 
 def test_refuses_what_cannot_work(small_config: ModelConfig) -> None:
