@@ -107,7 +107,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--compile", action="store_true", help="fuse our layers with torch.compile")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -119,8 +118,6 @@ def main() -> None:
         for indices in list(sampler)[: options.steps + 4]
     ]
     ours_model, port_model = Text2Semantic(config).to(device).train(), Port(config).to(device).train()
-    if options.compile:
-        ours_model.compile_layers()
     optimizer = make_optimizer(ours_model)
     ours = TrainStep(ours_model, optimizer, LockedRate(optimizer), precision=options.precision)
     port = port_step(port_model, device, options.precision)

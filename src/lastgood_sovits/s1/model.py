@@ -230,11 +230,6 @@ class Text2Semantic(nn.Module):
         self.beta = beta
         self.model = Decoder(config)
 
-    def compile_layers(self) -> None:
-        """Lets torch.compile fuse what follows the attention in every layer; lengths may vary. Worth it on a GPU."""
-        for layer in self.model.h.stack():
-            layer.feed_forward = torch.compile(layer.feed_forward, dynamic=True)  # type: ignore[method-assign]
-
     def score(self, batch: Batch, codes: Sequence[Codes] | None = None) -> Scores:
         """Teacher-forced pass over `batch` (on the model's device) with its own codes, or with `codes`.
 

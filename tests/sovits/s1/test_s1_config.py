@@ -137,7 +137,7 @@ def test_refuses_files_that_are_not_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(SovitsError, match="output_dir is missing"):
         read_config(write(tmp_path / "no_dir.yaml", {k: v for k, v in content().items() if k != "output_dir"}))
     hostile = tmp_path / "hostile.yaml"
-    hostile.write_text(f"train: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'trace'}]")
+    hostile.write_text(f"train: !!python/object/apply:os.mkdir [{str(tmp_path / 'trace')!r}]")
     with pytest.raises(SovitsError, match="cannot be read"):
         read_config(hostile)
     assert not (tmp_path / "trace").exists()
