@@ -65,7 +65,7 @@ class _Grid:
         self._prompt = prompt
         self._position = prompt.shape[1]
         self._width = max(len(item) for item in phones)
-        decoder.ar_text_position.extend(self._width)
+        decoder.ar_text_position.prepare(self._width)
         embedded = [
             decoder.embed_phones(ids, features.T, torch.arange(len(ids), device=ids.device))
             for ids, features in zip(phones, bert, strict=True)
@@ -77,7 +77,7 @@ class _Grid:
     def start(self) -> Tensor:
         """Logits (B, vocab_size) after text and prompt."""
         length = self._position
-        self._decoder.ar_audio_position.extend(length)
+        self._decoder.ar_audio_position.prepare(length)
         position = torch.arange(length, device=self._prompt.device)
         tokens = torch.cat([self._text, self._decoder.embed_codes(self._prompt, position)], dim=1)
         total = self._width + length
@@ -88,7 +88,7 @@ class _Grid:
 
     def next(self, codes: Tensor) -> Tensor:
         """Logits (B, vocab_size) after one more code for every text."""
-        self._decoder.ar_audio_position.extend(self._position + 1)
+        self._decoder.ar_audio_position.prepare(self._position + 1)
         position = torch.tensor([self._position], device=codes.device)
         tokens = self._decoder.embed_codes(codes[:, None], position)
         self._position += 1

@@ -39,13 +39,12 @@ class TokenEmbedding(nn.Module):
 class SinePosition(nn.Module):
     """Adds `alpha` times the sine table of "Attention Is All You Need" (section 3.5) to each token, then dropout."""
 
-    table: Tensor
-
-    def __init__(self, width: int, length: int = 4000) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1))
         self.dropout = nn.Dropout(DROPOUT)
-        self.register_buffer("table", self._make_table(length, width), persistent=False)
+        # Not a buffer: DistributedDataParallel would send it to every rank in every forward.
+        self._table = self._make_table(4000, width)
 
     @staticmethod
     def _make_table(length: int, width: int) -> Tensor:
@@ -54,14 +53,17 @@ class SinePosition(nn.Module):
         angle = torch.arange(length, dtype=torch.float32).unsqueeze(1) * rate
         return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
-    def extend(self, length: int) -> None:
-        """Makes the table reach `length` positions at least."""
-        if self.table.shape[0] < length:
-            self.table = self._make_table(2 * length, self.table.shape[1]).to(self.table)
+    def prepare(self, length: int) -> None:
+        """Makes the table reach `length` positions at least, with the parameters' dtype and on their device."""
+        rows, width = self._table.shape
+        if rows < length or self._table.dtype != self.alpha.dtype or self._table.device != self.alpha.device:
+            with torch.device("cpu"):
+                table = self._make_table(max(rows, length), width)
+            self._table = table.to(self.alpha)
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """`tokens` (..., D) at `position` (...)."""
-        placed: Tensor = self.dropout(tokens + self.alpha * self.table[position])
+        placed: Tensor = self.dropout(tokens + self.alpha * self._table[position])
         return placed
 
 
@@ -158,8 +160,8 @@ class Decoder(nn.Module):
 
         `phones` (B, X), `bert` (B, 1024, X), input `codes` (B, Y). Logits are made only where a code is predicted.
         """
-        self.ar_text_position.extend(phones.shape[1])
-        self.ar_audio_position.extend(codes.shape[1])
+        self.ar_text_position.prepare(phones.shape[1])
+        self.ar_audio_position.prepare(codes.shape[1])
         text = self.embed_phones(
             phones.flatten()[layout.phone_index],
             bert.transpose(1, 2).flatten(0, 1)[layout.phone_index],

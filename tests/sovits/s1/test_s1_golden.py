@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lastgood_sovits.s1 import Codes, Text2Semantic, generate
+from lastgood_sovits.s1.config import ModelConfig
 
 SIZES = ["small", pytest.param("default", marks=pytest.mark.slow)]
 LOGITS = {"small": 1e-4, "default": 1e-4}  # absolute
@@ -48,13 +49,12 @@ def test_parameters_have_upstreams_names_shapes_and_order(golden: Any, keys: str
     config = golden.json("s1_small" if "small" in keys else "s1_default")["config"]
     rows = expected["keys"]["model.ar_text_embedding.word_embeddings.weight"][0][0]
     wanted = {k: config[k] for k in ("embedding_dim", "hidden_dim", "head", "n_layer")}
-    from lastgood_sovits.s1.config import ModelConfig
-
     with torch.device("meta"):
         model = Text2Semantic(ModelConfig(phoneme_vocab_size=rows, **wanted))
     found = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.state_dict().items()}
     assert list(found.items()) == list(expected["keys"].items())
     assert [name for name, _ in model.named_parameters()] == list(expected["keys"])
+    assert not list(model.buffers())
 
 
 @pytest.mark.parametrize("size", SIZES)

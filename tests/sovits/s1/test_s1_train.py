@@ -263,6 +263,18 @@ def test_the_attention_grid_equals_the_attention_clip_by_clip(
     torch.testing.assert_close(rounded.total, expected.total, rtol=0.02, atol=0.0)
 
 
+def test_positions_reach_as_far_as_the_longest_clip(
+    random_batch: Callable[..., Batch], small_config: ModelConfig
+) -> None:
+    model = make(small_config).model.eval()
+    with torch.no_grad():
+        assert model(random_batch((3, 4100))).total.isfinite()
+    position = model.model.ar_audio_position
+    grown = position._table
+    assert grown.shape[0] == 4100
+    assert torch.equal(grown[:4000], type(position)(small_config.hidden_dim)._table)
+
+
 def test_refuses_what_cannot_work(small_config: ModelConfig) -> None:
     with pytest.raises(SovitsError, match="window of 0"):
         make(small_config, window=0)
