@@ -45,6 +45,8 @@ class Port(nn.Module):
         device = batch.phones.device
         x_lens = torch.tensor(batch.phone_lengths, device=device)
         y_lens = torch.tensor(batch.codes.lengths, device=device)
+        model.ar_text_position.prepare(x)
+        model.ar_audio_position.prepare(y)
         text = model.ar_text_embedding(batch.phones) + model.bert_proj(batch.bert.transpose(1, 2))
         text = model.ar_text_position(text, torch.arange(x, device=device))
         past_end = torch.arange(y, device=device)[None] >= y_lens[:, None]

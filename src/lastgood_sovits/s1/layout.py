@@ -34,8 +34,8 @@ class Layout(Protocol):
     """(T,) rows of the activation whose outputs predict a code."""
     target_index: Tensor
     """(T,) rows of the flattened (B, Y+1) targets that they predict."""
-    target_clip: Tensor
-    """(T,) the clip that each target belongs to."""
+    target_counts: tuple[int, ...]
+    """Targets of each clip, one clip after the other; T in all."""
 
     def attend(self, qkv: Tensor, heads: int, dropout: float) -> Tensor:
         """Attention of (N, 3*D) projections, with `dropout` on the attention weights; returns (N, D)."""
@@ -102,7 +102,7 @@ class PackedLayout:
         self.order = put(_ranges(interleaved, [n for pair in zip(phones, codes, strict=True) for n in pair]))
         self.predict_at = put(_ranges([s + x - 1 for s, x in zip(starts, phones, strict=True)], targets))
         self.target_index = put(_ranges([b * (y_width + 1) for b in range(clips)], targets))
-        self.target_clip = put(torch.repeat_interleave(torch.arange(clips), torch.tensor(targets)))
+        self.target_counts = tuple(targets)
         self._phones, self._totals = phones, totals
         self._per_clip = _attends_per_clip(device)
         if self._per_clip:
@@ -171,7 +171,7 @@ class PaddedLayout:
         self.order = rows.flatten().to(device)
         self.predict_at = _ranges([b * (x + y) + x - 1 for b in range(clips)], [y + 1] * clips).to(device)
         self.target_index = torch.arange(clips * (y + 1), device=device)
-        self.target_clip = torch.arange(clips, device=device).repeat_interleave(y + 1)
+        self.target_counts = (y + 1,) * clips
         keys = torch.ones(clips, x + y, dtype=torch.bool)
         for b, (phones, codes) in enumerate(zip(phone_lengths, code_lengths, strict=True)):
             keys[b, : x - phones] = False

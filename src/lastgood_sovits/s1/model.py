@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -180,8 +180,8 @@ class Scores:
     """(T, vocab_size)."""
     targets: Tensor
     """(T,) int64."""
-    clip: Tensor
-    """(T,) int64, the clip of each target."""
+    counts: tuple[int, ...]
+    """Targets of each clip, one clip after the other."""
     hidden: Tensor
     """(N, D), outputs of the last layer in the layout's order."""
 
@@ -190,6 +190,10 @@ class Scores:
         return F.cross_entropy(
             self.logits.float() if self.logits.dtype.itemsize < 4 else self.logits, self.targets, reduction="none"
         )
+
+    def per_clip(self) -> Tensor:
+        """(clips,) -log p of each whole sequence, summed in the same order every time, also on a GPU."""
+        return torch.stack([part.sum() for part in torch.split(self.negative_log_probs(), list(self.counts))])
 
     def top3(self) -> Tensor:
         """(T,) bool: at most two codes are likelier than the target."""
@@ -258,7 +262,7 @@ class Text2Semantic(nn.Module):
         )
         hidden, logits = self.model(phones, bert, targets[:, :-1], layout)
         return Scores(
-            logits=logits, targets=targets.flatten()[layout.target_index], clip=layout.target_clip, hidden=hidden
+            logits=logits, targets=targets.flatten()[layout.target_index], counts=layout.target_counts, hidden=hidden
         )
 
     def forward(self, batch: Batch) -> Losses:
@@ -270,19 +274,15 @@ class Text2Semantic(nn.Module):
             preference = losses.new_zeros(())
         elif self.upstream_compat:  # two paddings: each set of sequences is padded by its own longest
             scores, rejected = self.score(batch), self.score(batch, [batch.rejected])
-            losses = scores.negative_log_probs()
-            preference = self._preference(
-                _per_clip(losses, scores.clip, clips), _per_clip(rejected.negative_log_probs(), rejected.clip, clips)
-            )
+            losses = scores.per_clip()
+            preference = self._preference(losses, rejected.per_clip())
         else:
             both = self.score(batch, [batch.codes, batch.rejected])
-            each = _per_clip(both.negative_log_probs(), both.clip, 2 * clips)
-            preference = self._preference(each[:clips], each[clips:])
-            own = sum(batch.codes.lengths) + clips
-            scores = Scores(
-                logits=both.logits[:own], targets=both.targets[:own], clip=both.clip[:own], hidden=both.hidden
-            )
+            each = both.per_clip()
             losses = each[:clips]
+            preference = self._preference(losses, each[clips:])
+            own = sum(both.counts[:clips])
+            scores = replace(both, logits=both.logits[:own], targets=both.targets[:own], counts=both.counts[:clips])
         counted = scores.targets != self.model.eos
         cross_entropy = losses.sum()
         return Losses(
@@ -304,8 +304,3 @@ class Text2Semantic(nn.Module):
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.model.bert_proj.weight.dtype
-
-
-def _per_clip(values: Tensor, clip: Tensor, clips: int) -> Tensor:
-    """(T,) values summed into (clips,)."""
-    return values.new_zeros(clips).index_add(0, clip, values)

@@ -82,16 +82,14 @@ def test_a_clip_in_a_padded_batch_has_the_loss_it_has_alone(golden: Any, models:
     model.zero_grad()
     batch = golden.batch("b3")
     scores = model.score(batch)
-    assert [int((scores.clip == b).sum()) for b in range(3)] == [s["n_targets"] for s in expected["samples"]]
-    each = [scores.negative_log_probs()[scores.clip == b].sum().item() for b in range(3)]
-    assert each == pytest.approx([s["loss"] for s in expected["samples"]], rel=LOSS)
+    assert list(scores.counts) == [s["n_targets"] for s in expected["samples"]]
+    assert scores.per_clip().tolist() == pytest.approx([s["loss"] for s in expected["samples"]], rel=LOSS)
     losses = model(batch)
     losses.total.backward()
     assert losses.total.item() == pytest.approx(expected["loss_sum"], rel=LOSS)
     check_gradients(model, expected["grads_of_loss_sum"], NORM[size], LARGEST[size], ALPHA[size])
     stored = golden.tensors(f"s1_{size}")
-    for b in range(3):
-        logits = scores.logits[scores.clip == b][:, :64]
+    for b, logits in enumerate(scores.logits[:, :64].split(scores.counts)):
         torch.testing.assert_close(logits, stored[f"b3.single{b}.logits"][0], atol=LOGITS[size], rtol=0)
 
 
@@ -134,9 +132,7 @@ def test_preference_loss(golden: Any, models: Any, size: str, case: str) -> None
         ids=stored[f"dpo.{case}.reject_codes"], lengths=tuple(stored[f"dpo.{case}.reject_len"].flatten().tolist())
     )
     batch = replace(golden.batch(case), rejected=rejected)
-    scores = model.score(batch, [rejected])
-    each = [-scores.negative_log_probs()[scores.clip == b].sum().item() for b in range(len(batch))]
-    assert each == pytest.approx(expected["logp_rejected"], rel=LOSS)
+    assert (-model.score(batch, [rejected]).per_clip()).tolist() == pytest.approx(expected["logp_rejected"], rel=LOSS)
     losses = model(batch)
     losses.total.backward()
     assert losses.total.item() == pytest.approx(expected["loss_total"], rel=LOSS)

@@ -213,15 +213,14 @@ def test_one_pass_over_chosen_and_rejected_equals_two(small_config: ModelConfig,
     losses = model(batch)
     chosen = model.score(batch)
     rejected = model.score(batch, [batch.rejected])
-    each = [[s.negative_log_probs()[s.clip == b].sum() for b in range(2)] for s in (chosen, rejected)]
-    expected = -torch.nn.functional.logsigmoid(0.2 * (torch.stack(each[1]) - torch.stack(each[0]))).mean()
+    expected = -torch.nn.functional.logsigmoid(0.2 * (rejected.per_clip() - chosen.per_clip())).mean()
     torch.testing.assert_close(losses.preference, expected)
     torch.testing.assert_close(losses.cross_entropy, chosen.negative_log_probs().sum())
 
 
 def test_top3_counts_a_target_with_at_most_two_likelier_codes() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4)
-    scores = Scores(logits=logits, targets=torch.arange(4), clip=torch.zeros(4, dtype=torch.long), hidden=logits)
+    scores = Scores(logits=logits, targets=torch.arange(4), counts=(4,), hidden=logits)
     assert scores.top3().tolist() == [True, True, True, False]
 
 
