@@ -201,8 +201,8 @@ def test_the_preference_loss_is_upstreams_default_beta_and_reproducible(
     values = []
     for _ in range(2):
         step = make(small_config, preference=True)
-        torch.manual_seed(4)
-        values.append([step(batch).losses.preference.item() for batch in batches[:3]])
+        without_dropout(step.model)
+        values.append([step(batches[0]).losses.preference.item() for _ in range(3)])  # one batch, three corruptions
     assert values[0] == values[1] and len(set(values[0])) == 3 and min(values[0]) > 0
     assert step.model.beta == 0.2
 
