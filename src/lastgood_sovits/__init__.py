@@ -1,0 +1,1 @@
+"""A GPT-SoVITS trainer (both stages) on top of `lastgood`."""
