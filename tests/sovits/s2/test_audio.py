@@ -1,7 +1,7 @@
 """Spectrograms against upstream's.
 
-Tolerance: 1e-5 absolute for the spectrogram, 3e-5 for the logarithmic mel. The reference values themselves are up to 9.5e-6
-from a float64 computation (the Fourier transforms of different processors round differently), so 1e-5 cannot hold everywhere.
+Tolerance: 1e-5 absolute for the spectrogram, 3e-5 for the logarithmic mel. The reference values themselves are up to
+9.5e-6 from a float64 computation (Fourier transforms of different processors round differently), so 1e-5 is too little.
 """
 
 from pathlib import Path
