@@ -154,16 +154,3 @@ def read_wave(path: Path, sampling_rate: int) -> Tensor:
 
         mono = soxr.resample(mono, rate, sampling_rate)
     return torch.from_numpy(mono.copy())
-
-
-def count_samples(path: Path, sampling_rate: int) -> int:
-    """Tells from the header how many samples `read_wave` will return (to within one, if the file is resampled).
-
-    Raises:
-        SovitsError: if the file cannot be read, or holds less than its header promises.
-    """
-    try:
-        info = soundfile.info(path)
-    except (OSError, RuntimeError) as error:
-        raise SovitsError(f"{path} cannot be read as a sound file ({error})") from error
-    return int(info.frames) if info.samplerate == sampling_rate else info.frames * sampling_rate // info.samplerate

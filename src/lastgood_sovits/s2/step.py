@@ -187,7 +187,7 @@ class TrainStep:
         if self._skipped_in_a_row > self.max_skipped:
             raise SovitsError(
                 f"{message}. This is step {self._skipped_in_a_row} of this kind in a row, so training stops: continue "
-                "from the last checkpoint with a lower train.learning_rate, without train.fp16_run, or without these clips"
+                "from the last checkpoint with a lower train.learning_rate, without train.fp16_run, or these clips"
             )
         logger.warning("%s", message)
         return StepResult(losses=_detached(losses), grad_norms=norms, skipped=network)
