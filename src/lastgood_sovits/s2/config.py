@@ -56,8 +56,8 @@ class DataConfig:
             _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}; it must be above 0")
         _require(
             self.hop_length <= self.win_length <= self.filter_length,
-            f"data.hop_length {self.hop_length}, data.win_length {self.win_length} and data.filter_length "
-            f"{self.filter_length} must not fall in this order",
+            f"data.hop_length {self.hop_length} must be at most data.win_length {self.win_length}, and that at most "
+            f"data.filter_length {self.filter_length}",
         )
         top = self.sampling_rate / 2 if self.mel_fmax is None else self.mel_fmax
         _require(0 <= self.mel_fmin < top, f"data.mel_fmin {self.mel_fmin} must be at least 0 and below {top}")

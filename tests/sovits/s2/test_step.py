@@ -1,4 +1,4 @@
-"""Two training steps against upstream's, in its order of operations; and what happens to numbers that are not finite.
+"""Two training steps against upstream's, in its order of operations, and the same in float64.
 
 Tolerances (golden README, "Tolerances"): step 0: losses 1e-4 relative, gradient norms 1e-3, their largest elements 5e-3
 relative to the largest, parameters 1e-6 absolute where the gradient is largest. The norm of a parameter gets 2e-5:
