@@ -301,26 +301,32 @@ T = TypeVar("T", DataConfig, ModelConfig, TrainConfig, Config)
 
 def _converted(where: str, value: Any, default: Any) -> Any:
     """Gives a JSON value the type of the field's default, where that loses nothing."""
-    if isinstance(value, list):
-        return tuple(_converted(where, item, None) for item in value)
+    kind: type
+    if isinstance(value, list) and (isinstance(default, tuple) or default is None):
+        item_default = default[0] if default else None
+        return tuple(_converted(where, item, item_default) for item in value)
     if default is None or default is MISSING or value is None:
         return value
-    if isinstance(default, bool) or isinstance(value, bool):
+    if isinstance(default, tuple) or isinstance(value, list | dict):
+        good, kind = False, tuple
+    elif isinstance(default, bool) or isinstance(value, bool):
         good = isinstance(default, bool) and (isinstance(value, bool) or value in (0, 1))
-        kind: type = bool
+        kind = bool
     elif isinstance(default, str):
         good, kind = isinstance(value, str | int), str
     elif isinstance(default, float):
         good, kind = isinstance(value, int | float), float
     else:
         # The web page writes numbers that a slider returned as 4.0.
-        good, kind = isinstance(value, int | float) and value == int(value), int
+        good, kind = isinstance(value, int | float) and float(value).is_integer(), int
     _require(good, f"{where} is {value!r}; {_article(type(default).__name__)} is needed")
     return kind(value)
 
 
 def _article(name: str) -> str:
-    return {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}.get(name, "a list")
+    return {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}.get(
+        name, "a list of the right kind"
+    )
 
 
 def _section(kind: type[T], values: Mapping[str, Any], prefix: str, ignored: list[str]) -> T:
