@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lastgood.dtypes import DTYPES
 from lastgood.plan import Layout, lay_out
-from lastgood.shard import DTYPES, PAGE, Piece
+from lastgood.shard import PAGE, Piece
 from lastgood.state import LocalTensor
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lastgood import values
+from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
-from lastgood.shard import dtype_name
 from lastgood.values import Json
 
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from lastgood import disk, shard, values
 from lastgood.catalog import Entry
+from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.manifest import Chunk, Manifest, RankRecord
-from lastgood.shard import DTYPES
 from lastgood.state import (
     Flattener,
     LocalTensor,
