@@ -15,17 +15,19 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lastgood import catalog, commit, disk, generation, program, random_state, stop
-from lastgood.coordinate import detect_world
-from lastgood.errors import DamagedError, LastGoodError, PeerError, ReplacedError, SaveError
+from lastgood.errors import LastGoodError, SaveError
 from lastgood.handle import SaveHandle
+from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
-from lastgood.mirror import Copier, Mirror
+from lastgood.mirror import Mirror
 from lastgood.plan import structure
 from lastgood.restore import Restore, Restored
-from lastgood.retain import Keep, Retention
+from lastgood.retain import Keep
+from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
 from lastgood.state import Flattener, State
+from lastgood.world import detect_world
 
 _log = logging.getLogger("lastgood")
 _FAILURES = 3
@@ -109,16 +111,11 @@ class Checkpointer:
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
-        self._writers = tuple(range(min(writers or self.world.size, self.world.size)))
         self._handle: SaveHandle | None = None
         self._fingerprint: object = None
         self._thread: threading.Thread | None = None
-        self._buffer_free = threading.Event()
-        self._buffer_free.set()
-        self._failures = 0
         self._tries: dict[int, int] = {}
         self._restores = 0
-        self._parent: str | None = None
         self._last_step = -1
         self._restored = False
         self._closed = False
@@ -133,33 +130,24 @@ class Checkpointer:
         self.channel = self._session.channel
         _live[self.run] = self
         try:
-            self._begin(group, tensorboard)
+            self._saver = Saver(
+                self.run,
+                self.world,
+                self._session,
+                keep=self.keep,
+                writers=range(min(writers or self.world.size, self.world.size)),
+                mirror=self._mirror,
+                group=_group(group),
+                tensorboard=tensorboard,
+            )
+            if self.world.rank == 0:
+                if stop.withdraw(self.run):
+                    _log.warning("%s held a stop file from before this job; it is removed", self.run)
+                self.channel.every(1.0, self._look_for_stop_file)
         except BaseException:
             self._session.close()
             self._closed = True
             raise
-
-    def _begin(self, group: str | int | None, tensorboard: str | os.PathLike[str] | None) -> None:
-        self._events = program.Events(self.run, self.generation)
-        self._scalars = None
-        self._root: commit.Root | None = None
-        self._copier: Copier | None = None
-        holder = self._session.holder
-        if holder is None:
-            self._member = commit.Member(self.run, self.world, self.channel)
-            return
-        self._root = commit.Root(self.run, self.world, self.channel, holder, self._writers, _group(group))
-        self._retention = Retention(self.run, self.keep, holder, self._events.report)
-        self._session.clear_left_overs(self._events)
-        if self._mirror is not None:
-            self._copier = Copier(self.run, self._mirror, self.keep, holder, self._events)
-        if tensorboard is not None:
-            from lastgood.integrations.tensorboard import Scalars
-
-            self._scalars = Scalars(tensorboard)
-        if stop.withdraw(self.run):
-            _log.warning("%s held a stop file from before this job; it is removed", self.run)
-        self.channel.every(1.0, self._look_for_stop_file)
 
     @staticmethod
     def _check_arguments(
@@ -215,8 +203,8 @@ class Checkpointer:
         self._restores += 1
         began = time.monotonic()
         mirror = Path(self._mirror.path) if self._mirror else None
-        restore = Restore(self.run, mirror, self.world, self.channel, self._objects, strict, key, self._events.report)
-        restored = restore.run_root(step, self.keep) if self._root else restore.run_member()
+        restore = Restore(self.run, mirror, self.world, self.channel, self._objects, strict, key, self._saver.report)
+        restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
         self._settle(restored, key)
         self._restored = True
@@ -224,30 +212,33 @@ class Checkpointer:
             if self.world.rank == 0:
                 _log.info("%s is a new run: starting at step 0", self.run)
             return 0
-        self._parent, self._last_step = restored.entry.name, restored.manifest.step
+        self._saver.parent, self._last_step = restored.entry.name, restored.manifest.step
         self._fingerprint, self._handle = None, None
         self._restore_random(restored)
-        if self._root:
+        if self.world.rank == 0:
             seconds = time.monotonic() - began
             size = restored.manifest.tensor_bytes
-            self._events.write(
+            self._saver.event(
                 "restore", checkpoint=restored.entry.name, step=self._last_step, bytes=size, seconds=seconds
             )
             _log.info(
-                "restored step %d from %s (%s in %.2f s)", self._last_step, restored.entry.path, _size(size), seconds
+                "restored step %d from %s (%s in %.2f s)",
+                self._last_step,
+                restored.entry.path,
+                format_bytes(size),
+                seconds,
             )
         return self._last_step
 
     def _settle(self, restored: Restored, key: str) -> None:
         """Agree on the generation that goes on from here, and note where it started."""
         holder = self._session.holder
-        if holder is not None and self._root is not None:
+        if holder is not None:
             name = restored.entry.name if restored.entry else ""
-            if restored.rolled_back or (self._parent is not None and self._parent != name):
+            if restored.rolled_back or self._saver.parent not in (None, name):
                 self._session.advance()
-                self._events = program.Events(self.run, self.generation)
             holder.set_base(name)
-            self._retention.verified = name or None
+            self._saver.retention.verified = name or None
             self.channel.post(f"{key}/generation", holder.number)
         else:
             self._session.generation = self.channel.receive(f"{key}/generation", time.monotonic() + self.deadline)
@@ -295,14 +286,13 @@ class Checkpointer:
             return self._same_again(step, fingerprint, blocking)
         self.channel.post(f"here/{self.generation}", step)
         handle = SaveHandle(step)
-        if self._busy == "skip" and not blocking and not self._buffer_free.is_set():
+        if self._busy == "skip" and not blocking and not self._saver.buffer_free.is_set():
             handle._decide("skipped", None, None)
             _log.info("step %d is not saved: the save before it is still being written", step)
             return handle
         self._wait_for_save()
         self._check_failures()
-        writers = self._root.writers if self._root else self._writers_announced()
-        self._snapshot.take(state.tensors, writers)
+        self._snapshot.take(state.tensors, self._saver.writers)
         request = commit.Request(
             step=step,
             tries=self._tries.get(step, 0),
@@ -312,7 +302,7 @@ class Checkpointer:
             metrics=metrics,
             program=self._program,
             versions=self._versions,
-            parent=self._parent,
+            parent=self._saver.parent,
             tensors=state.tensors,
             layout=self._snapshot.layout,
             buffer=self._snapshot.view,
@@ -320,11 +310,11 @@ class Checkpointer:
         )
         self._tries = {step: self._tries.get(step, 0) + 1}
         self._last_step, self._fingerprint, self._handle = step, fingerprint, handle
-        self._buffer_free.clear()
+        self._saver.buffer_free.clear()
         handle.stall = time.monotonic() - began
         # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
         arguments = (request, handle, self._thread)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="lastgood-save")
+        self._thread = threading.Thread(target=self._saver.write, args=arguments, name="lastgood-save")
         self._thread.start()
         if blocking:
             handle.wait()
@@ -364,26 +354,24 @@ class Checkpointer:
         return self._handle
 
     def _check_failures(self) -> None:
-        if self._failures >= _FAILURES:
-            assert self._handle is not None
-            self._handle.seen = True
-            raise SaveError(
-                f"the last {self._failures} saves failed; the last reason: {self._handle.error}. Training goes on "
-                "without a net: repair the cause, or catch this error to go on all the same."
-            ) from self._handle.error
-
-    def _writers_announced(self) -> tuple[int, ...]:
-        announced = self.channel.peek("writers", 0)
-        return self._writers if announced is None else tuple(announced)
+        failures = self._saver.failures
+        if failures < _FAILURES:
+            return
+        assert self._handle is not None
+        self._handle.seen = True
+        # Who catches this goes on: the next save is tried, and if it fails, this is raised again.
+        self._saver.failures = _FAILURES - 1
+        raise SaveError(
+            f"the last {failures} saves failed; the last reason: {self._handle.error}. Training goes on without a net: "
+            "repair the cause, or catch this error to go on all the same."
+        ) from self._handle.error
 
     def _wait_for_save(self) -> None:
         """Wait until the host buffer is free again; rank 0 stops waiting for ranks that did not come to that save."""
-        if self._root is not None:
-            self._root.hurried = True
-            self.channel.nudge()
+        self._saver.hurry()
         began = time.monotonic()
         # The save has its own deadlines for the other ranks; what can exceed them is a disk that hangs.
-        if not self._buffer_free.wait(4 * self.deadline):
+        if not self._saver.buffer_free.wait(4 * self.deadline):
             raise SaveError(
                 f"the save of step {self._last_step} is still being written after {4 * self.deadline:.0f} s: the disk "
                 f"of {self.run} hangs. Training goes on when this error is caught."
@@ -398,92 +386,6 @@ class Checkpointer:
         """Wait until the save under way is over, with what follows it."""
         if self._thread is not None:
             self._thread.join()
-
-    def _write(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
-        """The background part of a save."""
-        if before is not None:
-            before.join()  # The one before may still be deleting.
-        began = time.monotonic()
-        try:
-            done = self._root.save(request, self._make_room) if self._root else self._follow(request)
-        except BaseException as error:
-            self._failures += 1
-            known = not isinstance(error, PeerError)
-            _log.error("step %d was not saved: %s", request.step, error)
-            if self._root:
-                self._events.write("save-failed", step=request.step, why=str(error))
-            self._buffer_free.set()
-            handle._decide("failed" if known else "unknown", None, error)
-            return
-        self._failures = 0
-        self._parent = done.path.name
-        self._buffer_free.set()
-        handle._decide("committed", done.path, None)
-        if self._root:
-            self._after(request, handle, done, time.monotonic() - began)
-
-    def _follow(self, request: commit.Request) -> commit.Committed:
-        try:
-            return self._member.save(request, self.generation)
-        except PeerError as error:
-            # Rank 0 is silent. If it had committed before, the disk says so.
-            name = self._member.directory
-            entry = catalog.entry_of(self.run, name) if name else None
-            if entry is not None and entry.is_committed():
-                manifest = catalog.read_manifest(entry)
-                if manifest.attempt == self._member.attempt:
-                    return commit.Committed(entry.path, manifest.tensor_bytes)
-            raise PeerError(f"nobody can say whether step {request.step} was saved: {error}") from error
-
-    def _make_room(self, needed: int) -> None:
-        """Raise SaveError when the disk cannot take a save, after retention has given back what it may."""
-        if disk.free_bytes(self.run) >= needed:
-            return
-        self._retention.make_room(needed, lambda: disk.free_bytes(self.run))
-        free = disk.free_bytes(self.run)
-        if free < needed:
-            raise SaveError(
-                f"{self.run} has {_size(free)} left, and the save needs {_size(needed)}. Nothing was written, and the "
-                "last good checkpoint stays. Free some space, or keep fewer checkpoints (Keep)."
-            )
-
-    def _after(self, request: commit.Request, handle: SaveHandle, done: commit.Committed, seconds: float) -> None:
-        """Rank 0, after a commit: say so, copy, clean up."""
-        deleted: list[str] = []
-        try:
-            entry = catalog.entry_of(self.run, done.path.name)
-            assert entry is not None
-            deleted = self._retention.apply(entry)
-        except ReplacedError as error:
-            _log.error("%s", error)
-        except (LastGoodError, OSError) as error:
-            kind = "reads back damaged" if isinstance(error, DamagedError) else "retention failed"
-            _log.error("step %d: %s: %s. Nothing was deleted.", request.step, kind, error)
-            self._events.write("retention-failed", step=request.step, why=str(error))
-        self._events.write(
-            "save",
-            checkpoint=done.path.name,
-            step=request.step,
-            bytes=done.bytes,
-            stall=handle.stall,
-            seconds=seconds,
-            missing=list(done.missing),
-            metrics=request.metrics,
-            deleted=deleted,
-        )
-        _log.info(
-            "saved step %d: %s in %.2f s (%s/s), training held up %.1f ms%s",
-            request.step,
-            _size(done.bytes),
-            seconds,
-            _size(int(done.bytes / max(seconds, 1e-9))),
-            handle.stall * 1e3,
-            f", deleted {', '.join(deleted)}" if deleted else "",
-        )
-        if self._scalars is not None:
-            self._scalars.write(request.step, done.bytes, seconds, handle.stall)
-        if self._copier is not None:
-            self._copier.notify()
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -508,7 +410,7 @@ class Checkpointer:
         """End the program as :meth:`steps` does when it is asked to: close, and exit with `stop_code`."""
         if self.world.rank == 0:
             stop.withdraw(self.run)
-            self._events.write("stop", step=step, why=reason)
+            self._saver.event("stop", step=step, why=reason)
         self.close()
         raise SystemExit(self._stop_code)
 
@@ -523,12 +425,7 @@ class Checkpointer:
             return
         self._finish_save()
         self._closed = True
-        if self._root is not None:
-            self._root.clear()
-        if self._copier is not None and not self._copier.close(self.deadline):
-            _log.warning("the mirror is not up to date: %s", self._mirror.path if self._mirror else "")
-        if self._scalars is not None:
-            self._scalars.close()
+        self._saver.close(self.deadline)
         self._session.close()
         _live.pop(self.run, None)
         handle = self._handle
@@ -598,27 +495,6 @@ def _group(group: str | int | None) -> int | None:
         return grp.getgrnam(group).gr_gid
     except KeyError as error:
         raise LastGoodError(f"there is no group {group!r} on this machine") from error
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
-def show_log(rank: int) -> None:
-    """Show the log on standard error where the program has not set up logging itself: saves are to be seen."""
-    if not _log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s lastgood: %(message)s", "%H:%M:%S"))
-        handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-        _log.addHandler(handler)
-        _log.setLevel(logging.INFO)
-        _log.propagate = False
 
 
 def _at_exit() -> None:

@@ -80,11 +80,11 @@ class Events:
 
     def __init__(self, run: Path, generation: int) -> None:
         self._path = run / EVENTS
-        self._generation = generation
+        self.generation = generation
 
     def write(self, event: str, **fields: Json) -> None:
         """Add a line. The log is for people: when the disk does not take it, training goes on."""
-        line = {"time": time.time(), "generation": self._generation, "event": event, **fields}
+        line = {"time": time.time(), "generation": self.generation, "event": event, **fields}
         try:
             disk.append_line(self._path, json.dumps(line, ensure_ascii=False))
         except OSError as error:
