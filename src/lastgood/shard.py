@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,7 +140,12 @@ def check_header(path: Path, record: ShardRecord) -> None:
         raise DamagedError(f"{path} is damaged: its header does not match its checksum")
 
 
-def check_full(path: Path, record: ShardRecord, chunks: Sequence[tuple[str, Chunk]]) -> None:
+def check_full(
+    path: Path,
+    record: ShardRecord,
+    chunks: Sequence[tuple[str, Chunk]],
+    advance: Callable[[int], None] | None = None,
+) -> None:
     """Read every byte of a shard from the disk and check it, in bounded memory. Raises DamagedError."""
     check_size(path, record)
     block = memoryview(bytearray(min(_BLOCK, record.size)))
@@ -156,6 +161,8 @@ def check_full(path: Path, record: ShardRecord, chunks: Sequence[tuple[str, Chun
                     if disk.read_into(file, at, part) != len(part):
                         raise DamagedError(f"{path} ends in the middle of {what}")
                     state.update(part)
+                    if advance is not None:
+                        advance(len(part))
                 if state.hexdigest() != expected:
                     raise DamagedError(
                         f"{path} is damaged: {what} (bytes {begin} to {end}) does not match its checksum"
