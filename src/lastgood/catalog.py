@@ -139,18 +139,47 @@ def check_full(entry: Entry) -> Manifest:
     return manifest
 
 
+def chunks_by_shard(manifest: Manifest) -> list[list[tuple[str, Chunk]]]:
+    """For every shard, the names of the tensors in it and where they lie."""
+    chunks: list[list[tuple[str, Chunk]]] = [[] for _ in manifest.shards]
+    for name, tensor in manifest.tensors.items():
+        for chunk in tensor.chunks:
+            chunks[chunk.shard].append((name, chunk))
+    return chunks
+
+
 def check_shards(entry: Entry, manifest: Manifest, advance: Callable[[int], None] | None = None) -> None:
     """Read every byte of every shard from the disk and check it. Raises DamagedError.
 
     Args:
         advance: is told of the bytes that were checked since it was told last, to show progress.
     """
-    chunks: list[list[tuple[str, Chunk]]] = [[] for _ in manifest.shards]
-    for name, tensor in manifest.tensors.items():
-        for chunk in tensor.chunks:
-            chunks[chunk.shard].append((name, chunk))
+    chunks = chunks_by_shard(manifest)
     for record, parts in zip(manifest.shards, chunks, strict=True):
         shard.check_full(entry.path / record.file, record, parts, advance)
+
+
+def damage(
+    entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[int], None] | None = None
+) -> list[str]:
+    """A sentence for everything that is damaged, not only for the first; empty where the checkpoint is whole.
+
+    Args:
+        full: read every byte, not only the sizes.
+        advance: as in :func:`check_shards`.
+    """
+    chunks = chunks_by_shard(manifest)
+    found = []
+    for record, parts in zip(manifest.shards, chunks, strict=True):
+        path = entry.path / record.file
+        try:
+            if full:
+                found += shard.damage(path, record, parts, advance)
+            else:
+                shard.check_size(path, record)
+        except DamagedError as error:
+            found.append(str(error))
+    return found
 
 
 def delete(entry: Entry) -> None:

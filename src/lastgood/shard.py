@@ -146,8 +146,29 @@ def check_full(
     chunks: Sequence[tuple[str, Chunk]],
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Read every byte of a shard from the disk and check it, in bounded memory. Raises DamagedError."""
+    """Read every byte of a shard from the disk and check it, in bounded memory. Raises DamagedError.
+
+    Args:
+        advance: is told of the bytes that were read since it was told last, to show progress.
+    """
+    found = damage(path, record, chunks, advance)
+    if found:
+        raise DamagedError("; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
+
+
+def damage(
+    path: Path,
+    record: ShardRecord,
+    chunks: Sequence[tuple[str, Chunk]],
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What is wrong with a shard, after every byte of it was read: a sentence for every damaged tensor.
+
+    Raises:
+        DamagedError: the file is missing, has another length, or cannot be read.
+    """
     check_size(path, record)
+    found = []
     block = memoryview(bytearray(min(_BLOCK, record.size)))
     try:
         with disk.open_read(path) as file:
@@ -164,8 +185,7 @@ def check_full(
                     if advance is not None:
                         advance(len(part))
                 if state.hexdigest() != expected:
-                    raise DamagedError(
-                        f"{path} is damaged: {what} (bytes {begin} to {end}) does not match its checksum"
-                    )
+                    found.append(f"{path} is damaged: {what} (bytes {begin} to {end}) does not match its checksum")
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
+    return found
