@@ -159,9 +159,7 @@ def check_shards(entry: Entry, manifest: Manifest, advance: Callable[[int], None
         shard.check_full(entry.path / record.file, record, parts, advance)
 
 
-def damage(
-    entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[int], None] | None = None
-) -> list[str]:
+def damage(entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[int], None] | None = None) -> list[str]:
     """A sentence for everything that is damaged, not only for the first; empty where the checkpoint is whole.
 
     Args:

@@ -31,10 +31,9 @@ from lastgood.state import (
     local_part,
     optimizer_names,
     parameter_names,
-    tensor_names,
     unwrap,
 )
-from lastgood.values import Json
+from lastgood.values import Json, tensor_names
 from lastgood.world import World
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)

@@ -12,7 +12,7 @@ import collections
 import math
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lastgood.errors import DamagedError, LastGoodError
@@ -213,6 +213,19 @@ def _decode_numpy(text: Any, name: str) -> Any:
     if name == "bool":
         return kind(text == "True")
     return kind(int(text) if "int" in name else float(text))
+
+
+def tensor_names(tree: Json) -> Iterable[str]:
+    """All tensors that a tree refers to."""
+    if isinstance(tree, dict):
+        if tree.get("$") in ("tensor", "ndarray"):
+            yield tree["v"]
+            return
+        for item in tree.values():
+            yield from tensor_names(item)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from tensor_names(item)
 
 
 def numpy_in_use() -> bool:
