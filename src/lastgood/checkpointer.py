@@ -27,6 +27,7 @@ from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
 from lastgood.state import Flattener, State
+from lastgood.steady import Steady
 from lastgood.world import detect_world
 
 _log = logging.getLogger("lastgood")
@@ -111,6 +112,8 @@ class Checkpointer:
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
+        self._steady = Steady(self._snapshot.wait)
+        self._steady.watch(self._objects)
         self._handle: SaveHandle | None = None
         self._fingerprint: object = None
         self._thread: threading.Thread | None = None
@@ -178,6 +181,7 @@ class Checkpointer:
     def __setitem__(self, name: str, value: Any) -> None:
         """Register an object, or change a plain value."""
         self._objects[name] = value
+        self._steady.watch({name: value})
 
     # -- restore --------------------------------------------------------------------------------------------------
 
@@ -292,7 +296,7 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        self._snapshot.take(state.tensors, self._saver.writers)
+        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
         request = commit.Request(
             step=step,
             tries=self._tries.get(step, 0),
@@ -305,7 +309,7 @@ class Checkpointer:
             parent=self._saver.parent,
             tensors=state.tensors,
             layout=self._snapshot.layout,
-            buffer=self._snapshot.view,
+            buffer=self._snapshot,
             deadline=self.deadline,
         )
         self._tries = {step: self._tries.get(step, 0) + 1}
@@ -319,6 +323,13 @@ class Checkpointer:
         if blocking:
             handle.wait()
         return handle
+
+    def wait_snapshot(self) -> None:
+        """Return when the last ``save`` has copied all it needs: call it before changing weights by hand.
+
+        Steps of registered optimizers, and their ``load_state_dict``, do it by themselves.
+        """
+        self._snapshot.wait()
 
     def wait(self) -> None:
         """Wait until the last save is on the disk. Raises SaveError where it failed."""

@@ -21,7 +21,7 @@ from lastgood.errors import LastGoodError, SaveError
 from lastgood.generation import Holder
 from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
 from lastgood.plan import Layout, structure
-from lastgood.shard import Piece
+from lastgood.shard import Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
 from lastgood.state import LocalTensor, Placement
 from lastgood.values import Json
@@ -51,7 +51,7 @@ class Request:
     tensors: dict[str, LocalTensor]
     """Only their names, placements and shapes are read: the values have gone on."""
     layout: Layout
-    buffer: memoryview
+    buffer: Buffer
     deadline: float
     """Seconds."""
 
@@ -117,7 +117,7 @@ class Member:
         differing = [
             piece
             for piece in layout.compare
-            if theirs.get(piece.name) != _digest(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
+            if theirs.get(piece.name) != piece_checksum(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
         ]
         own = [*layout.own, *differing]
         if own:
@@ -216,7 +216,7 @@ class Root:
             "writers": list(layout.writers),
             "structure": structure(request.tensors),
             "compare": {
-                piece.name: _digest(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
+                piece.name: piece_checksum(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
                 for piece in (layout.compare if self._world.size > 1 else ())
             },
             "objects": {name: _tree_digest(tree) for name, tree in request.objects.items()}
@@ -227,7 +227,7 @@ class Root:
         until = time.monotonic() + request.deadline
         files = [_write_file(directory / "00000.safetensors", layout.share, request.buffer)]
         expected_shares = {
-            writer: [[p.label, list(p.offsets), list(p.shape), _digest(p, request.buffer)] for p in pieces]
+            writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
             for writer, pieces in layout.others.items()
         }
         here = f"here/{self._holder.number}"
@@ -455,7 +455,7 @@ def _await_directory(path: Path, seconds: float) -> None:
         time.sleep(0.01)
 
 
-def _write_file(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> Json:
+def _write_file(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> Json:
     """Write a shard; returns its record as it travels in a report."""
     record, digests = write_shard(path, pieces, buffer)
     rows, at = [], record.header_size
@@ -470,10 +470,6 @@ def _write_file(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> Json
         "header_checksum": record.header_checksum,
         "pieces": rows,
     }
-
-
-def _digest(piece: Piece, buffer: memoryview) -> str:
-    return checksum(buffer[piece.at : piece.at + piece.size])
 
 
 def _tree_digest(tree: Json) -> str:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
 from lastgood import disk
+from lastgood.disk import PAGE
 from lastgood.errors import DamagedError
 from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum
 
-PAGE = 4096
 _BLOCK = 8 << 20
-# Bytes that are read at a time when only checking.
+# Bytes that are read or written at a time.
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,37 +69,68 @@ def header(pieces: Sequence[Piece]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def write(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> tuple[ShardRecord, list[str]]:
+class Buffer(Protocol):
+    """Host memory that may still be filling, from its beginning to its end."""
+
+    view: memoryview
+
+    def await_bytes(self, end: int) -> None:
+        """Return when all bytes before `end` are there. Raises what went wrong while they were copied."""
+
+
+def write(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> tuple[ShardRecord, list[str]]:
     """Write a shard and sync it. The name must be new.
 
     Args:
         path: the file.
         pieces: what goes in, in file order; each lies in `buffer`.
-        buffer: host memory.
+        buffer: host memory; what is there already is written while the rest is still being copied.
 
     Returns:
         The record of the file, and the checksum of every piece.
     """
     head = header(pieces)
     digests: list[str] = []
+    failures: list[BaseException] = []
 
     def digest() -> None:
-        digests.append(checksum(head))
-        digests.extend(checksum(buffer[piece.at : piece.at + piece.size]) for piece in pieces)
+        try:
+            digests.append(checksum(head))
+            digests.extend(piece_checksum(piece, buffer) for piece in pieces)
+        except BaseException as error:
+            failures.append(error)
 
     # Both only read the buffer, and the hash releases the GIL: it is free while the disk is the slower one.
     hashing = threading.Thread(target=digest, name="lastgood-checksum")
     hashing.start()
     try:
-        with disk.NewFile(path) as file:
-            file.write(head)
+        with disk.NewFile(path, direct=True) as file:
+            file.write(_aligned(head))
             for begin, end in _runs(pieces):
-                file.write(buffer[begin:end])
+                for at in range(begin, end, _BLOCK):
+                    block = min(at + _BLOCK, end)
+                    buffer.await_bytes(block)
+                    file.write(buffer.view[at:block])
             file.sync()
             size = file.size
     finally:
         hashing.join()
+    if failures:
+        raise failures[0]
     return ShardRecord(path.name, size, len(head), digests[0]), digests[1:]
+
+
+def piece_checksum(piece: Piece, buffer: Buffer) -> str:
+    """The checksum of a piece in host memory."""
+    buffer.await_bytes(piece.at + piece.size)
+    return checksum(buffer.view[piece.at : piece.at + piece.size])
+
+
+def _aligned(data: bytes) -> memoryview:
+    """A copy that begins at a page of memory, for direct I/O."""
+    memory = mmap.mmap(-1, len(data))
+    memory[:] = data
+    return memoryview(memory)
 
 
 def _runs(pieces: Iterable[Piece]) -> list[tuple[int, int]]:

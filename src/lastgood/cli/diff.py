@@ -74,11 +74,12 @@ def diff(a: Path, b: Path, part: str | None, as_json: bool) -> None:
     else:
         for difference in differences:
             click.echo(difference.line())
-        bad = len(differences)
-        text = (
-            _("{bad} differences in {count} tensors and {values} other values") if bad else _("equal: {count} tensors")
-        )
-        click.echo(text.format(bad=bad, count=count, values=len(left.values.keys() | right.values.keys())))
+        others = len(left.values.keys() | right.values.keys())
+        if differences:
+            text = _("{bad} differences in {count} tensors and {others} other values")
+        else:
+            text = _("equal: {count} tensors and {others} other values")
+        click.echo(text.format(bad=len(differences), count=count, others=others))
     sys.exit(1 if differences else 0)
 
 

@@ -57,10 +57,8 @@ def export(checkpoint: Path, out: Path, parts: tuple[str, ...], half: bool, bflo
             result = states if len(states) > 1 else next(iter(states.values()))
         # Whatever the launcher's variables say: this process is alone, and it writes.
         save(result, out, rank=0)
-    bytes_ = size(disk.file_size(out))
-    click.echo(
-        _("{out}: {parts} of step {step}, {size}", out=out, parts=", ".join(chosen), step=manifest.step, size=bytes_)
-    )
+    text = _("{out}: {parts} of step {step}, {size}")
+    click.echo(text.format(out=out, parts=", ".join(chosen), step=manifest.step, size=size(disk.file_size(out))))
 
 
 def _flat(states: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -111,7 +109,7 @@ def _narrowed(states: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
                     overflow.append(f"{name} ({largest:.6g})")
             return done[id(value)]
         if isinstance(value, dict):
-            return type(value)((key, narrow(item, f"{name}.{key}")) for key, item in value.items())
+            return {key: narrow(item, f"{name}.{key}") for key, item in value.items()}
         if type(value) in (list, tuple):
             return type(value)(narrow(item, f"{name}[{index}]") for index, item in enumerate(value))
         return value

@@ -43,10 +43,11 @@ class Result:
 @click.option("--full", is_flag=True, help="Read every byte of checkpoints, not only names, sizes and manifests.")
 @json_option
 def verify(paths: tuple[Path, ...], full: bool, as_json: bool) -> None:
-    """Check runs, checkpoints, single .pth, .pt, .ckpt or .safetensors files, and directories that `lastgood run` watched.
+    """Check runs, checkpoints and single weights files.
 
-    Files are always read as a whole. The exit code is 1 where something is damaged, 2 where a PATH is nothing that can
-    be checked.
+    Files are .pth, .pt, .ckpt or .safetensors, and are always read as a whole. A directory in which `lastgood run`
+    kept a journal is compared with that. The exit code is 1 where something is damaged, 2 where a PATH is nothing that
+    can be checked.
     """
     for path in paths:
         if _kind(path) is None:
