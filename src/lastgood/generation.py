@@ -67,6 +67,35 @@ def _path(run: Path, number: int, kind: str) -> Path:
     return run / "generations" / f"{number:08d}.{kind}"
 
 
+def holder(run: Path, *, patience: float = 3 * BEAT_SECONDS) -> Json | None:
+    """What the file of the job that holds the run says, or None where no job seems to. Takes nothing.
+
+    Not for the process that holds it: closing the lock file would drop its lock.
+
+    Args:
+        patience: seconds for which the counter of a job on another machine is watched.
+    """
+    taken = generations(run)
+    if not taken or disk.exists(_path(run, taken[-1], "end")):
+        return None
+    who = record(run, taken[-1]) or {}
+    if who.get("machine") == machine_id():
+        try:
+            lock = disk.FileLock.try_acquire(run / "lock")
+        except OSError:
+            pass  # A user who may only read: the counter tells.
+        else:
+            if lock is None:
+                return who
+            lock.release()
+            return None
+    try:
+        _watch(run, taken[-1], who, patience)
+    except RunHeldError:
+        return who
+    return None
+
+
 class Holder:
     """The hold of this process (rank 0 of its job) on a run."""
 
@@ -190,8 +219,9 @@ class Holder:
             self._lock.release()
 
     def _forget_old(self, taken: list[int]) -> None:
+        # The notes of the bases stay, a few bytes each: the branches of old checkpoints hang on them.
         for number in taken[:-_KEEP_RECORDS]:
-            for kind in ("beat", "end", "base", "json"):
+            for kind in ("beat", "end", "json"):
                 disk.remove(_path(self.run, number, kind), missing_ok=True)
 
 
