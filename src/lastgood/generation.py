@@ -69,6 +69,35 @@ def _path(run: Path, number: int, kind: str) -> Path:
     return run / "generations" / f"{number:08d}.{kind}"
 
 
+def holder(run: Path, *, patience: float = 3 * BEAT_SECONDS) -> Json | None:
+    """What the file of the job that holds the run says, or None where no job seems to. Takes nothing.
+
+    Not for the process that holds it: closing the lock file would drop its lock.
+
+    Args:
+        patience: seconds for which the counter of a job on another machine is watched.
+    """
+    taken = generations(run)
+    if not taken or disk.exists(_path(run, taken[-1], "end")):
+        return None
+    who = record(run, taken[-1]) or {}
+    if who.get("machine") == machine_id():
+        try:
+            lock = disk.FileLock.try_acquire(run / "lock")
+        except OSError:
+            pass  # A user who may only read: the counter tells.
+        else:
+            if lock is None:
+                return who
+            lock.release()
+            return None
+    try:
+        _watch(run, taken[-1], who, patience)
+    except RunHeldError:
+        return who
+    return None
+
+
 class Holder:
     """The hold of this process (rank 0 of its job) on a run."""
 
@@ -199,21 +228,13 @@ class Holder:
 
     def _tidy(self, taken: list[int]) -> None:
         """Delete the records of lives long over, and what a life that was killed had begun to write."""
+        # The notes of the bases stay, a few bytes each: the branches of old checkpoints hang on them.
         for number in taken[:-_KEEP_RECORDS]:
             for kind in ("beat", "end", "json"):
                 disk.remove(_path(self.run, number, kind), missing_ok=True)
         directory = self.run / "generations"
         for name in disk.names(directory):
             if is_temporary(name):
-                disk.remove(directory / name, missing_ok=True)
-
-    def forget_bases(self, oldest: int) -> None:
-        """Delete the notes from which nobody falls back any more: there is no checkpoint older than `oldest`."""
-        directory = self.run / "generations"
-        for name in disk.names(directory):
-            match = _BASE.fullmatch(name)
-            # That of `oldest` itself would lead to something older: there is nothing.
-            if match and int(match[1]) < min(oldest, self.number):
                 disk.remove(directory / name, missing_ok=True)
 
 

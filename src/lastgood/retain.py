@@ -64,6 +64,19 @@ class Known:
     bytes: int
 
 
+def known_of(entry: Entry) -> Known:
+    """What its manifest says of a committed checkpoint.
+
+    With a damaged manifest it counts as one without metrics: it is neither trusted nor deleted out of turn.
+    """
+    try:
+        manifest = catalog.read_manifest(entry)
+    except DamagedError as error:
+        _log.warning("%s", error)
+        return Known(entry, {}, 0)
+    return Known(entry, manifest.metrics, manifest.tensor_bytes)
+
+
 def best_first(known: Sequence[Known], keep: Keep) -> list[Known]:
     """The checkpoints that have the metric, the best first; of equal ones the newer first."""
     metric = keep.metric or ""
@@ -120,13 +133,7 @@ class Retention:
         found = []
         for entry in catalog.committed(self._run):
             if entry.name not in self._known:
-                try:
-                    manifest = catalog.read_manifest(entry)
-                    self._known[entry.name] = Known(entry, manifest.metrics, manifest.tensor_bytes)
-                except DamagedError as error:
-                    # It counts as a checkpoint without metrics: it is neither trusted nor deleted out of turn.
-                    _log.warning("%s", error)
-                    self._known[entry.name] = Known(entry, {}, 0)
+                self._known[entry.name] = known_of(entry)
             found.append(self._known[entry.name])
         return found
 

@@ -115,10 +115,7 @@ class Session:
     def clear_left_overs(self, events: Events) -> None:
         """Delete what saves of earlier lives left behind: directories without a manifest, which nobody will finish."""
         assert self.holder is not None
-        here = catalog.entries(self._run)
-        if here:
-            self.holder.forget_bases(here[0].generation)
-        for entry in here:
+        for entry in catalog.entries(self._run):
             if entry.generation < self.generation and not entry.is_committed():
                 self.holder.check()
                 try:

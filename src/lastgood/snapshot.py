@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from lastgood.disk import PAGE
+from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
 from lastgood.plan import Layout, lay_out
-from lastgood.shard import DTYPES, Piece
+from lastgood.shard import Piece
 from lastgood.state import LocalTensor
 
 OVERLAP_BYTES = 256 << 10

@@ -19,9 +19,9 @@ from torch import nn
 
 from lastgood import disk, shard, values
 from lastgood.catalog import Entry
+from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.manifest import Chunk, Manifest, RankRecord
-from lastgood.shard import DTYPES
 from lastgood.state import (
     Flattener,
     LocalTensor,
@@ -31,10 +31,9 @@ from lastgood.state import (
     local_part,
     optimizer_names,
     parameter_names,
-    tensor_names,
     unwrap,
 )
-from lastgood.values import Json
+from lastgood.values import Json, tensor_names
 from lastgood.world import World
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
