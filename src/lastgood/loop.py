@@ -37,6 +37,8 @@ class Loop:
         """Yield the numbers of the steps to do, from `step` on; save in between."""
         done = step
         with self._request.listen():
+            self._meeting.enter(done)
+            complete = False
             try:
                 while total is None or done < total:
                     yield done
@@ -48,8 +50,10 @@ class Loop:
                         self._act(done, self._decision)
                     elif self._every is not None and done % self._every == 0:
                         self._save(done)
+                complete = True
             finally:
-                self._meeting.leave()
+                if not complete:
+                    self._meeting.leave()
             if done > step:
                 self._owner.save(done).result()
 

@@ -46,8 +46,13 @@ class Meeting:
         self._held: int | None = None
         channel.on("meeting/call/", self._answer)
 
+    def enter(self, step: int) -> None:
+        """The training loop begins, with `step` steps done."""
+        with self._lock:
+            self._done = step
+
     def leave(self) -> None:
-        """The training loop is over: this rank's steps do not count any more."""
+        """The training loop was broken off: this rank does not count. (After a complete one the others get there.)"""
         with self._lock:
             self._done = None
 
