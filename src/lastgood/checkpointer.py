@@ -19,6 +19,7 @@ from lastgood.errors import LastGoodError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
+from lastgood.meeting import Meeting
 from lastgood.mirror import Mirror
 from lastgood.plan import structure
 from lastgood.restore import Restore, Restored
@@ -139,6 +140,7 @@ class Checkpointer:
         mirror_path = Path(self._mirror.path) if self._mirror else None
         self._session = Session(self.run, self.world, deadline, mirror_path, _group(group), stale)
         self.channel = self._session.channel
+        self.meeting = Meeting(self.world, self.channel, deadline)
         _live[self.run, self.world.rank] = self
         try:
             self._saver = Saver(
