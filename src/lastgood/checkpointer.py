@@ -19,6 +19,7 @@ from lastgood.errors import LastGoodError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
+from lastgood.meeting import Meeting
 from lastgood.mirror import Mirror
 from lastgood.plan import structure
 from lastgood.restore import Restore, Restored
@@ -27,6 +28,7 @@ from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
 from lastgood.state import Flattener, State, unsaved_parameters
+from lastgood.steady import Steady
 from lastgood.world import detect_world
 
 _log = logging.getLogger("lastgood")
@@ -35,7 +37,7 @@ _FAILURES = 3
 _EXIT_CODE = 74
 """Of a program that ends although its last save failed and nobody asked (sysexits: input/output error)."""
 
-_live: weakref.WeakValueDictionary[Path, Checkpointer] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[Path, int], Checkpointer] = weakref.WeakValueDictionary()
 
 
 class Checkpointer:
@@ -111,6 +113,8 @@ class Checkpointer:
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
+        self._steady = Steady(self._snapshot.wait)
+        self._steady.watch(self._objects)
         self._handle: SaveHandle | None = None
         self._fingerprint: object = None
         self._thread: threading.Thread | None = None
@@ -129,14 +133,15 @@ class Checkpointer:
                 len(labels),
                 labels[0],
             )
-        former = _live.get(self.run)
+        former = _live.get((self.run, self.world.rank))
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
             former._abandon()
         mirror_path = Path(self._mirror.path) if self._mirror else None
         self._session = Session(self.run, self.world, deadline, mirror_path, _group(group), stale)
         self.channel = self._session.channel
-        _live[self.run] = self
+        self.meeting = Meeting(self.world, self.channel, deadline)
+        _live[self.run, self.world.rank] = self
         try:
             self._saver = Saver(
                 self.run,
@@ -186,6 +191,7 @@ class Checkpointer:
     def __setitem__(self, name: str, value: Any) -> None:
         """Register an object, or change a plain value."""
         self._objects[name] = value
+        self._steady.watch({name: value})
 
     # -- restore --------------------------------------------------------------------------------------------------
 
@@ -301,7 +307,7 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        self._snapshot.take(state.tensors, self._saver.writers)
+        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
         request = commit.Request(
             step=step,
             tries=self._tries.get(step, 0),
@@ -314,7 +320,7 @@ class Checkpointer:
             parent=self._saver.parent,
             tensors=state.tensors,
             layout=self._snapshot.layout,
-            buffer=self._snapshot.view,
+            buffer=self._snapshot,
             deadline=self.deadline,
         )
         self._tries = {step: self._tries.get(step, 0) + 1}
@@ -329,6 +335,13 @@ class Checkpointer:
             handle.wait()
         return handle
 
+    def wait_snapshot(self) -> None:
+        """Return when the last ``save`` has copied all it needs: call it before changing weights by hand.
+
+        Steps of registered optimizers, and their ``load_state_dict``, do it by themselves.
+        """
+        self._snapshot.wait()
+
     def wait(self) -> None:
         """Wait until the last save is on the disk. Raises SaveError where it failed."""
         if self._handle is not None:
@@ -342,12 +355,13 @@ class Checkpointer:
                 f"save(step={step}): this job was at step {self._last_step} already, and steps grow. To go back, call "
                 f"restore(step={step})."
             )
-        if not self._restored:
-            found = catalog.newest(self.run)
-            if found is not None and self._last_step < 0:
+        if not self._restored and self._last_step < 0:
+            # Of an earlier life: a rank that is late may find the first checkpoints of this one.
+            found = next((e for e in catalog.committed(self.run) if e.generation < self.generation), None)
+            if found is not None:
                 raise LastGoodError(
-                    f"{self.run} already has checkpoints, up to step {found.step}: call restore() before the first "
-                    "save, so that the job continues from them, or use another directory to start anew."
+                    f"{self.run} already has checkpoints of an earlier job ({found.name}): call restore() before the "
+                    "first save, so that the job continues from them, or use another directory to start anew."
                 )
 
     def _same_again(self, step: int, fingerprint: object, blocking: bool) -> SaveHandle:
@@ -436,7 +450,7 @@ class Checkpointer:
         self._closed = True
         self._saver.close(self.deadline)
         self._session.close()
-        _live.pop(self.run, None)
+        _live.pop((self.run, self.world.rank), None)
         handle = self._handle
         if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
             handle.result()

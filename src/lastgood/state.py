@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lastgood import values
+from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
-from lastgood.shard import dtype_name
 from lastgood.values import Json
 
 
@@ -397,16 +397,3 @@ def _dtensor_part(tensor: Any, path: str) -> LocalTensor:
     local = tensor.to_local().detach()
     writes = writes and local.numel() > 0
     return LocalTensor(local, Placement.SHARDED, tuple(tensor.shape), tuple(offsets), tensor, writes)
-
-
-def tensor_names(tree: Json) -> Iterable[str]:
-    """All tensors that a tree refers to."""
-    if isinstance(tree, dict):
-        if tree.get("$") in ("tensor", "ndarray"):
-            yield tree["v"]
-            return
-        for item in tree.values():
-            yield from tensor_names(item)
-    elif isinstance(tree, list):
-        for item in tree:
-            yield from tensor_names(item)

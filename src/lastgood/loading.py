@@ -19,10 +19,10 @@ from torch import nn
 
 from lastgood import disk, shard, values
 from lastgood.catalog import Entry
+from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
 from lastgood.manifest import Chunk, Manifest, RankRecord
-from lastgood.shard import DTYPES
 from lastgood.state import (
     Flattener,
     LocalTensor,
@@ -34,10 +34,9 @@ from lastgood.state import (
     memory_key,
     optimizer_names,
     parameter_names,
-    tensor_names,
     unwrap,
 )
-from lastgood.values import Json
+from lastgood.values import Json, tensor_names
 from lastgood.world import World
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
