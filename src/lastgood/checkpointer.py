@@ -344,12 +344,13 @@ class Checkpointer:
                 f"save(step={step}): this job was at step {self._last_step} already, and steps grow. To go back, call "
                 f"restore(step={step})."
             )
-        if not self._restored:
-            found = catalog.newest(self.run)
-            if found is not None and self._last_step < 0:
+        if not self._restored and self._last_step < 0:
+            # Of an earlier life: a rank that is late may find the first checkpoints of this one.
+            found = next((e for e in catalog.committed(self.run) if e.generation < self.generation), None)
+            if found is not None:
                 raise LastGoodError(
-                    f"{self.run} already has checkpoints, up to step {found.step}: call restore() before the first "
-                    "save, so that the job continues from them, or use another directory to start anew."
+                    f"{self.run} already has checkpoints of an earlier job ({found.name}): call restore() before the "
+                    "first save, so that the job continues from them, or use another directory to start anew."
                 )
 
     def _same_again(self, step: int, fingerprint: object, blocking: bool) -> SaveHandle:

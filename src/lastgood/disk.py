@@ -298,6 +298,20 @@ def make_dirs(path: Path) -> None:
         sync_dir(directory.parent)
 
 
+def sync_names(path: Path) -> None:
+    """Make the name of a directory durable, and those of the directories above it on the same file system.
+
+    Whoever made them (a user, a job that was killed) may not have. As far as this user may read them.
+    """
+    for parent in path.parents:
+        try:
+            sync_dir(parent)
+        except PermissionError:
+            return
+        if os.path.ismount(parent):
+            return
+
+
 def make_private_dir(path: Path) -> None:
     """Make a directory in a place that others can write to, for this user alone.
 
