@@ -49,7 +49,7 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
         return None if same else f"{path}: {one} and {two}"
     if isinstance(one, torch.Generator):
         return difference(one.get_state(), two.get_state(), path)
-    return None if one == two or (repr(one) == repr(two) and hasattr(one, "__dict__")) else f"{path}: {one} and {two}"
+    return None if one == two or repr(one) == repr(two) and hasattr(one, "__dict__") else f"{path}: {one} and {two}"
 
 
 def state_of(value: Any) -> Any:
