@@ -49,7 +49,7 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
         return None if same else f"{path}: {one} and {two}"
     if isinstance(one, torch.Generator):
         return difference(one.get_state(), two.get_state(), path)
-    return None if one == two or repr(one) == repr(two) and hasattr(one, "__dict__") else f"{path}: {one} and {two}"
+    return None if one == two or (repr(one) == repr(two) and hasattr(one, "__dict__")) else f"{path}: {one} and {two}"
 
 
 def state_of(value: Any) -> Any:
@@ -98,7 +98,7 @@ def round_trip(
     before = None if train is None else random.getstate()
     with lastgood.Checkpointer(run, **arguments, **second) as restorer:
         assert restorer.restore() == steps
-        second = {name: restorer[name] for name in second}
+        second = {name: restorer[name] for name in first}
     assert before is None or before != random.getstate()
     assert (found := difference(states(first), states(second))) is None, found
     if train is not None:

@@ -19,6 +19,7 @@ from lastgood.errors import LastGoodError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
+from lastgood.meeting import Meeting
 from lastgood.mirror import Mirror
 from lastgood.plan import structure
 from lastgood.restore import Restore, Restored
@@ -26,7 +27,7 @@ from lastgood.retain import Keep
 from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
-from lastgood.state import Flattener, State
+from lastgood.state import Flattener, State, unsaved_parameters
 from lastgood.steady import Steady
 from lastgood.world import detect_world
 
@@ -36,7 +37,7 @@ _FAILURES = 3
 _EXIT_CODE = 74
 """Of a program that ends although its last save failed and nobody asked (sysexits: input/output error)."""
 
-_live: weakref.WeakValueDictionary[Path, Checkpointer] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[Path, int], Checkpointer] = weakref.WeakValueDictionary()
 
 
 class Checkpointer:
@@ -108,7 +109,7 @@ class Checkpointer:
         self._objects: dict[str, Any] = dict(objects)
         self._flattener = (replicated, local, leave_out)
         self._gradients = gradients
-        self._flatten()  # What cannot be saved is refused now, not after hours of training.
+        state = self._flatten()  # What cannot be saved is refused now, not after hours of training.
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
@@ -124,14 +125,23 @@ class Checkpointer:
         self._closed = False
         self._forked = False
         show_log(self.world.rank)
-        former = _live.get(self.run)
+        for name, labels in unsaved_parameters(self._objects, state).items() if self.world.rank == 0 else ():
+            _log.warning(
+                "%s optimizes %d parameters that belong to no registered module, first %s: their values are not saved. "
+                "Register the module too.",
+                name,
+                len(labels),
+                labels[0],
+            )
+        former = _live.get((self.run, self.world.rank))
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
             former._abandon()
         mirror_path = Path(self._mirror.path) if self._mirror else None
         self._session = Session(self.run, self.world, deadline, mirror_path, _group(group), stale)
         self.channel = self._session.channel
-        _live[self.run] = self
+        self.meeting = Meeting(self.world, self.channel, deadline)
+        _live[self.run, self.world.rank] = self
         try:
             self._saver = Saver(
                 self.run,
@@ -439,7 +449,7 @@ class Checkpointer:
         self._closed = True
         self._saver.close(self.deadline)
         self._session.close()
-        _live.pop(self.run, None)
+        _live.pop((self.run, self.world.rank), None)
         handle = self._handle
         if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
             handle.result()

@@ -21,8 +21,8 @@ from lastgood.values import Json
 from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
-_joined: dict[Path, int] = {}
-"""By run, the last generation that this process joined: a later Checkpointer waits for a later one."""
+_joined: dict[tuple[Path, int], int] = {}
+"""By run and rank, the last generation that this process joined: a later Checkpointer waits for a later one."""
 _DISK_SECONDS = 10.0
 """A network file system may show a new file so much later."""
 
@@ -46,7 +46,7 @@ class Session:
         except BaseException:
             self.close()
             raise
-        _joined[run] = self.generation
+        _joined[run, world.rank] = self.generation
 
     # -- rank 0 ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class Session:
         """Begin the next generation: after a roll-back."""
         assert self.holder is not None
         self.holder.advance(self._world, {})
-        self.generation = _joined[self._run] = self.holder.number
+        self.generation = _joined[self._run, self._world.rank] = self.holder.number
 
     def clear_left_overs(self, events: Events) -> None:
         """Delete what saves of earlier lives left behind: directories without a manifest, which nobody will finish."""
@@ -128,7 +128,7 @@ class Session:
     # -- another rank ---------------------------------------------------------------------------------------------
 
     def _join(self, end: float) -> None:
-        after = _joined.get(self._run, 0)
+        after = _joined.get((self._run, self._world.rank), 0)
 
         def find() -> list[Json]:
             seen = [_published(self._run)]

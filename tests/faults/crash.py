@@ -1,8 +1,8 @@
 """SIGKILL before and after every disk operation of a job's life, and in the middle of every write.
 
 A life of the job restores, saves two steps (with retention) and closes; one rank of it is killed at one point. Then a
-new life restores and trains to the end. The judge knows nothing of lastgood but where a manifest lies: the new life must
-continue from the newest one, and end in the same bits as a run that was never killed.
+new life restores and trains to the end. The judge knows nothing of lastgood but where a manifest lies: the new life
+must continue from the newest one, and end in the same bits as a run that was never killed.
 """
 
 from __future__ import annotations
