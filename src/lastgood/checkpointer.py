@@ -27,7 +27,8 @@ from lastgood.retain import Keep
 from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
-from lastgood.state import Flattener, State
+from lastgood.state import Flattener, State, unsaved_parameters
+from lastgood.steady import Steady
 from lastgood.world import detect_world
 
 _log = logging.getLogger("lastgood")
@@ -36,7 +37,7 @@ _FAILURES = 3
 _EXIT_CODE = 74
 """Of a program that ends although its last save failed and nobody asked (sysexits: input/output error)."""
 
-_live: weakref.WeakValueDictionary[Path, Checkpointer] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[Path, int], Checkpointer] = weakref.WeakValueDictionary()
 
 
 class Checkpointer:
@@ -108,10 +109,12 @@ class Checkpointer:
         self._objects: dict[str, Any] = dict(objects)
         self._flattener = (replicated, local, leave_out)
         self._gradients = gradients
-        self._flatten()  # What cannot be saved is refused now, not after hours of training.
+        state = self._flatten()  # What cannot be saved is refused now, not after hours of training.
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
+        self._steady = Steady(self._snapshot.wait)
+        self._steady.watch(self._objects)
         self._handle: SaveHandle | None = None
         self._fingerprint: object = None
         self._thread: threading.Thread | None = None
@@ -122,7 +125,15 @@ class Checkpointer:
         self._closed = False
         self._forked = False
         show_log(self.world.rank)
-        former = _live.get(self.run)
+        for name, labels in unsaved_parameters(self._objects, state).items() if self.world.rank == 0 else ():
+            _log.warning(
+                "%s optimizes %d parameters that belong to no registered module, first %s: their values are not saved. "
+                "Register the module too.",
+                name,
+                len(labels),
+                labels[0],
+            )
+        former = _live.get((self.run, self.world.rank))
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
             former._abandon()
@@ -130,7 +141,7 @@ class Checkpointer:
         self._session = Session(self.run, self.world, deadline, mirror_path, _group(group), stale)
         self.channel = self._session.channel
         self.meeting = Meeting(self.world, self.channel, deadline)
-        _live[self.run] = self
+        _live[self.run, self.world.rank] = self
         try:
             self._saver = Saver(
                 self.run,
@@ -180,6 +191,7 @@ class Checkpointer:
     def __setitem__(self, name: str, value: Any) -> None:
         """Register an object, or change a plain value."""
         self._objects[name] = value
+        self._steady.watch({name: value})
 
     # -- restore --------------------------------------------------------------------------------------------------
 
@@ -294,7 +306,7 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        self._snapshot.take(state.tensors, self._saver.writers)
+        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
         request = commit.Request(
             step=step,
             tries=self._tries.get(step, 0),
@@ -307,7 +319,7 @@ class Checkpointer:
             parent=self._saver.parent,
             tensors=state.tensors,
             layout=self._snapshot.layout,
-            buffer=self._snapshot.view,
+            buffer=self._snapshot,
             deadline=self.deadline,
         )
         self._tries = {step: self._tries.get(step, 0) + 1}
@@ -321,6 +333,13 @@ class Checkpointer:
         if blocking:
             handle.wait()
         return handle
+
+    def wait_snapshot(self) -> None:
+        """Return when the last ``save`` has copied all it needs: call it before changing weights by hand.
+
+        Steps of registered optimizers, and their ``load_state_dict``, do it by themselves.
+        """
+        self._snapshot.wait()
 
     def wait(self) -> None:
         """Wait until the last save is on the disk. Raises SaveError where it failed."""
@@ -430,7 +449,7 @@ class Checkpointer:
         self._closed = True
         self._saver.close(self.deadline)
         self._session.close()
-        _live.pop(self.run, None)
+        _live.pop((self.run, self.world.rank), None)
         handle = self._handle
         if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
             handle.result()

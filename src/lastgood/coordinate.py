@@ -7,6 +7,7 @@ waiting. Nothing here touches the training's process group, so it works with glo
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -219,6 +220,9 @@ class Channel:
                 self._posted[key] = value
             for connection in self._peers.values():
                 connection.queue({"key": key, "value": value})
+                # At once, as far as the system takes it: what was posted has left even if this process dies now.
+                with contextlib.suppress(OSError):
+                    connection.send()
             self._inbox[(key, self.world.rank)] = value
             self._news.notify_all()
         self._wake()

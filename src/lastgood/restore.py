@@ -17,7 +17,7 @@ from lastgood import catalog
 from lastgood.catalog import Entry
 from lastgood.coordinate import Channel
 from lastgood.errors import DamagedError, LastGoodError, MismatchError, PeerError
-from lastgood.load import Loading
+from lastgood.loading import Loading
 from lastgood.manifest import Manifest
 from lastgood.retain import Keep, Known, best_first
 from lastgood.values import Json

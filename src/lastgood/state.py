@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lastgood import values
+from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
-from lastgood.shard import dtype_name
 from lastgood.values import Json
 
 
@@ -82,10 +82,16 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        elif (inner := compiled_inner(module)) is not None:
             module = inner
         else:
             return module
+
+
+def compiled_inner(module: nn.Module) -> nn.Module | None:
+    """The module that ``torch.compile`` has wrapped, if `module` is such a wrapper."""
+    # Not getattr: a wrapper of the user's may pass on the attributes of what it wraps.
+    return module._modules.get("_orig_mod")
 
 
 def refuse_unsupported(name: str, value: Any) -> None:
@@ -111,7 +117,7 @@ def clean_names(module: nn.Module) -> dict[str, str]:
         at = f"{path}." if path else ""
         if isinstance(child, nn.parallel.DistributedDataParallel | nn.DataParallel):
             renames[at + "module."] = at
-        elif isinstance(getattr(child, "_orig_mod", None), nn.Module):
+        elif compiled_inner(child) is not None:
             renames[at + "_orig_mod."] = at
     return dict(sorted(renames.items(), key=lambda item: -len(item[0])))
 
@@ -144,6 +150,20 @@ def optimizer_names(name: str, optimizer: torch.optim.Optimizer, names: Mapping[
             # A parameter of no registered module has only its place to be known by.
             result.append(names.get(id(parameter), f"{name}.group{number}.{position}"))
     return result
+
+
+def unsaved_parameters(objects: Mapping[str, Any], state: State) -> dict[str, list[str]]:
+    """By optimizer, those of its parameters whose values are in no registered object."""
+    saved = {t.tensor.data_ptr() for t in state.tensors.values()}
+    names = parameter_names(objects)
+    found: dict[str, list[str]] = {}
+    for name, value in objects.items():
+        if isinstance(value, torch.optim.Optimizer):
+            parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+            for label, parameter in zip(optimizer_names(name, value, names), parameters, strict=True):
+                if id(parameter) not in names and local_part(parameter, label).tensor.data_ptr() not in saved:
+                    found.setdefault(name, []).append(label)
+    return found
 
 
 class Flattener:
@@ -243,7 +263,7 @@ class Flattener:
         """Take a tensor into the state; returns the name under which it is saved, an earlier one where it is tied."""
         part = local_part(tensor, path)
         local = part.tensor
-        key = (local.device, local.data_ptr(), local.dtype, tuple(local.shape), local.stride(), part.shape)
+        key = (*memory_key(local), part.shape)
         if local.numel() and key in self._seen:
             return self._seen[key]
         dtype_name(local.dtype, path)
@@ -300,11 +320,15 @@ class Flattener:
         labels = optimizer_names(name, optimizer, names)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         tree: dict[str, Json] = {"state": {}, "groups": []}
+        shared = {}
         for index, held in state["state"].items():
-            known = type(index) is int and index < len(labels)
-            label = labels[index] if known else str(index)
-            placement = placements.get(id(parameters[index])) if known else None
-            tree["state"][label] = self._tree(held, f"{name}.state.{label}", placement)
+            if type(index) is int and index < len(labels):
+                placement = placements.get(id(parameters[index]))
+                tree["state"][labels[index]] = self._tree(held, f"{name}.state.{labels[index]}", placement)
+            else:
+                shared[index] = held
+        # Some optimizers keep state of their own beside that of the parameters, under keys of any kind.
+        tree["shared"] = self._tree(shared, f"{name}.state")
         for number, group in enumerate(state["param_groups"]):
             options = {key: option for key, option in group.items() if key != "params"}
             encoded = self._tree(options, f"{name}.groups[{number}]", Placement.ROOT)
@@ -312,6 +336,12 @@ class Flattener:
         extra = {key: item for key, item in state.items() if key not in ("state", "param_groups")}
         tree["extra"] = self._tree(extra, f"{name}.extra")
         return tree
+
+
+def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are one and the same memory, seen in the same way."""
+    signs = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), signs
 
 
 def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
@@ -347,16 +377,3 @@ def _dtensor_part(tensor: Any, path: str) -> LocalTensor:
     local = tensor.to_local().detach()
     writes = writes and local.numel() > 0
     return LocalTensor(local, Placement.SHARDED, tuple(tensor.shape), tuple(offsets), tensor, writes)
-
-
-def tensor_names(tree: Json) -> Iterable[str]:
-    """All tensors that a tree refers to."""
-    if isinstance(tree, dict):
-        if tree.get("$") in ("tensor", "ndarray"):
-            yield tree["v"]
-            return
-        for item in tree.values():
-            yield from tensor_names(item)
-    elif isinstance(tree, list):
-        for item in tree:
-            yield from tensor_names(item)

@@ -12,13 +12,15 @@ import collections
 import math
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
-import torch
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lastgood.errors import DamagedError, LastGoodError
 
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported where it is needed: what only reads manifests starts in a fraction of the time.
 Json: TypeAlias = Any
 """What ``json`` reads and writes: None, bool, int, float, str, list, dict with str keys."""
 
@@ -49,6 +51,8 @@ def encode(value: Any, path: str, put_tensor: Callable[[str, torch.Tensor], str]
 
 
 def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], depth: int) -> Json:
+    import torch
+
     if depth > _MAX_DEPTH:
         raise LastGoodError(f"{path}: nested more than {_MAX_DEPTH} deep, or a value that contains itself")
     kind = type(value)
@@ -113,6 +117,7 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
 
 def _encode_numpy(value: Any, path: str, put: Callable[[str, torch.Tensor], str]) -> Json:
     import numpy as np
+    import torch
 
     if isinstance(value, np.generic) and value.dtype.name in _NUMPY_SCALARS:
         raw = value.item()
@@ -137,6 +142,8 @@ def decode(data: Json, get_tensor: Callable[[str], torch.Tensor]) -> Any:
 
 
 def _decode(data: Json, get: Callable[[str], torch.Tensor], depth: int) -> Any:
+    import torch
+
     if depth > 2 * _MAX_DEPTH:
         raise ValueError("nested too deep")
     if isinstance(data, list):
@@ -206,6 +213,19 @@ def _decode_numpy(text: Any, name: str) -> Any:
     if name == "bool":
         return kind(text == "True")
     return kind(int(text) if "int" in name else float(text))
+
+
+def tensor_names(tree: Json) -> Iterable[str]:
+    """All tensors that a tree refers to."""
+    if isinstance(tree, dict):
+        if tree.get("$") in ("tensor", "ndarray"):
+            yield tree["v"]
+            return
+        for item in tree.values():
+            yield from tensor_names(item)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from tensor_names(item)
 
 
 def numpy_in_use() -> bool:

@@ -19,9 +19,10 @@ from torch import nn
 
 from lastgood import disk, shard, values
 from lastgood.catalog import Entry
+from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
+from lastgood.live import into_value, is_plain, is_value, uncast
 from lastgood.manifest import Chunk, Manifest, RankRecord
-from lastgood.shard import DTYPES
 from lastgood.state import (
     Flattener,
     LocalTensor,
@@ -29,12 +30,12 @@ from lastgood.state import (
     clean_names,
     kind_of,
     local_part,
+    memory_key,
     optimizer_names,
     parameter_names,
-    tensor_names,
     unwrap,
 )
-from lastgood.values import Json
+from lastgood.values import Json, tensor_names
 from lastgood.world import World
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
@@ -64,6 +65,10 @@ class Loading:
     _wants: list[_Want] = field(default_factory=list)
     _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
     _current: dict[str, LocalTensor] = field(default_factory=dict)
+    _states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By module, the state_dict into whose tensors is read."""
+    _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
+    """By memory of a module's tensor, its path and the saved tensor that goes there."""
 
     def prepare(self) -> None:
         """Compare names, types and shapes. Changes nothing.
@@ -110,6 +115,7 @@ class Loading:
         """
         self._read()
         restored: dict[str, Any] = {}
+        taken: set[Any] = set()
         for name, value in self.objects.items():
             if name not in self.manifest.objects or kind_of(value) != self.manifest.kinds.get(name):
                 continue
@@ -123,7 +129,7 @@ class Loading:
             elif kind == "stateful":
                 value.load_state_dict(self._decode(self._tree(name)))
             else:
-                restored[name] = _into_value(value, self._decode(self._tree(name)))
+                restored[name] = into_value(value, self._decode(self._tree(name)), taken)
         return restored
 
     def random(self) -> Json:
@@ -168,15 +174,15 @@ class Loading:
         renames = clean_names(module)
         saved = dict(self._tree(name)["state"])
         parameters = {clean(key, renames) for key, _ in module.named_parameters(remove_duplicate=False)}
-        filled: dict[int, tuple[str, str]] = {}
-        for key, tensor in module.state_dict().items():
+        self._states[name] = dict(module.state_dict())
+        for key, tensor in self._states[name].items():
             key = clean(key, renames)
             path = f"{name}.{key}"
             if key not in saved:
                 self._problem(f"{path} is not in the checkpoint")
                 continue
             tree = saved.pop(key)
-            if not isinstance(tensor, torch.Tensor):
+            if is_value(key, tensor):
                 self._want_tree(tree)
                 continue
             if not isinstance(tree, dict) or tree.get("$") != "tensor":
@@ -184,10 +190,11 @@ class Loading:
                 continue
             self._check_carried(tree["v"], key in parameters)
             local = local_part(tensor, path)
-            other = filled.setdefault(local.tensor.data_ptr(), (path, tree["v"])) if local.tensor.numel() else None
-            if other is not None and other[1] != tree["v"]:
+            memory = memory_key(local.tensor) if local.tensor.numel() else (path,)
+            other = self._filled.setdefault(memory, (path, tree["v"]))
+            if other[1] != tree["v"]:
                 self._problem(f"{path} and {other[0]} are one tensor here, and were saved with different values")
-            elif other is None or other[0] == path:
+            elif other[0] == path:
                 self._want(path, tree["v"], local)
         for key in saved:
             self._problem(f"{name}.{key} is in the checkpoint but not in the model")
@@ -222,7 +229,7 @@ class Loading:
                 self._check_carried(tensor, essential=True)
             self._want_tree(held, by_label.get(label))
         self._want_tree([saved["options"] for saved in there])
-        self._want_tree(self._tree(name)["extra"])
+        self._want_tree([self._tree(name)["shared"], self._tree(name)["extra"]])
 
     def _want_tree(self, tree: Json, like: torch.Tensor | None = None) -> None:
         """Want all tensors of a tree: into the memory of the present state where it has the same, else into new one.
@@ -289,6 +296,14 @@ class Loading:
         part = whole
         for dimension, (begin, end) in enumerate(box):
             part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
+        for dimension, stride in enumerate(target.stride()):
+            if stride == 0 and target.shape[dimension] > 1:
+                # An expanded tensor has one row of memory for all its rows.
+                first = part.narrow(dimension, 0, 1)
+                rows, same = part.contiguous(), first.expand_as(part).contiguous()
+                if bytes_of(rows) != bytes_of(same):
+                    raise MismatchError(f"{want.name} is expanded here (stride 0), and was saved with different rows")
+                target, part = target.narrow(dimension, 0, 1), first
         with torch.no_grad():
             target.copy_(part)
 
@@ -301,13 +316,13 @@ class Loading:
         module = unwrap(value)
         renames = clean_names(module)
         saved = self._tree(name)["state"]
-        state = module.state_dict()
+        state = self._states[name]
         extra = {
             key: self._decode(saved[clean(key, renames)])
             for key, item in state.items()
-            if not isinstance(item, torch.Tensor) and clean(key, renames) in saved
+            if is_value(key, item) and clean(key, renames) in saved
         }
-        if extra or not _is_plain(module, state):
+        if extra or not is_plain(module, state):
             # It has values, hooks, or tensors that state_dict computes: the module must be told.
             module.load_state_dict({**state, **extra}, strict=False)
         gradients = self._tree(name).get("gradients", {})
@@ -321,12 +336,7 @@ class Loading:
         labels = optimizer_names(name, optimizer, parameter_names(self.objects))
         index_of = {label: index for index, label in enumerate(labels)}
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[Any, Any] = {}
-        for label, held in tree["state"].items():
-            if label in index_of:
-                state[index_of[label]] = self._decode(held)
-            elif not label.startswith(tuple(f"{n}." for n in self.objects)):
-                state[label] = self._decode(held)
+        state = {index_of[label]: self._decode(held) for label, held in tree["state"].items() if label in index_of}
         groups, at = [], 0
         for number, group in enumerate(optimizer.param_groups):
             count = len(group["params"])
@@ -334,17 +344,10 @@ class Loading:
             options = {key: option for key, option in group.items() if key != "params"}
             groups.append({**options, **self._decode(saved), "params": list(range(at, at + count))})
             at += count
-        optimizer.load_state_dict({**self._decode(tree["extra"]), "state": state, "param_groups": groups})
-        # torch casts floating state to the type of its parameter: of a bfloat16 model with float32 moments that would
-        # lose bits. What was saved is put back as it was.
+        whole = {"state": {**state, **self._decode(tree["shared"])}, "param_groups": groups}
+        optimizer.load_state_dict({**self._decode(tree["extra"]), **whole})
         for index, held in state.items():
-            if type(index) is not int:
-                continue
-            live = optimizer.state[parameters[index]]
-            for key, item in held.items():
-                cast = live.get(key)
-                if isinstance(item, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != item.dtype:
-                    live[key] = item.to(cast.device)
+            optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -364,35 +367,6 @@ def _overlap(chunk: Chunk, want: _Want) -> list[tuple[int, int]] | None:
             return None
         box.append((begin, end))
     return box
-
-
-def _is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
-    """Whether every tensor of the state_dict is the memory of a parameter or buffer, and nothing wants to hear."""
-    owned = {t.data_ptr() for t in [*module.parameters(), *module.buffers()] if type(t).__name__ != "DTensor"}
-    for tensor in state.values():
-        if type(tensor).__name__ != "DTensor" and tensor.numel() and tensor.data_ptr() not in owned:
-            return False
-    for child in module.modules():
-        hooks = getattr(child, "_load_state_dict_pre_hooks", None), getattr(child, "_load_state_dict_post_hooks", None)
-        if any(hooks):
-            return False
-    return True
-
-
-def _into_value(value: Any, saved: Any) -> Any:
-    """A restored plain value; dicts, lists and tensors are changed in place, so that all who hold them see it."""
-    if type(value) is dict and type(saved) is dict:
-        value.clear()
-        value.update(saved)
-        return value
-    if type(value) is list and type(saved) is list:
-        value[:] = saved
-        return value
-    if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
-        with torch.no_grad():
-            value.copy_(saved)
-        return value
-    return saved
 
 
 def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:

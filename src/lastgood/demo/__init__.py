@@ -1,0 +1,1 @@
+"""The program that ``lastgood demo`` trains, kills and resumes. Needs the extra ``demo``."""

@@ -1,0 +1,1 @@
+"""A GPT-SoVITS trainer on lastgood: both stages, upstream's files in and out."""
