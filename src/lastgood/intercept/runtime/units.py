@@ -213,14 +213,13 @@ class Units:
 
     def _roll_back(self, directory: str, content: dict[str, Any]) -> None:
         """Give the files of a pair that were replaced before the crash their earlier versions, as the others have."""
-        others = [name for name in content["names"] if name not in content["saved"]]
+        placed = [name for name in content["names"] if self._is_placed(directory, name, content["began"])]
+        others = [name for name in content["names"] if name not in placed]
         if not any(self._has_family(directory, name) for name in others):
-            return  # The program never writes the others: there is no pair here.
-        for name in content["saved"]:
+            return  # All are there; or the program never writes the others, and there is no pair here.
+        for name in placed:
             target = os.path.join(directory, name)
             versions = journal.read(target)
-            if not versions or versions[-1].time < content["began"]:
-                continue  # It died before this one was in place.
             kept = [version for version in versions[:-1] if version.kept]
             if not kept:
                 self._hide_away(directory, name)
@@ -239,6 +238,15 @@ class Units:
                 f"{target} was saved and {', '.join(others)} was not when the program ended: the version of "
                 f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(version.time))} is back, which fits"
             )
+
+    def _is_placed(self, directory: str, name: str, began: float) -> bool:
+        """Whether a file was put in place after `began`. Its journal entry alone does not show it: it comes before."""
+        target = os.path.join(directory, name)
+        newest = journal.read(target)[-1:]
+        try:
+            return bool(newest) and newest[0].time >= began and newest[0].inode == os.stat(target).st_ino
+        except FileNotFoundError:
+            return False
 
     def _has_family(self, directory: str, name: str) -> bool:
         wanted = journal.family(name)
