@@ -69,7 +69,7 @@ for name in os.listdir(weights):
 assert first in (epoch, epoch + 1), (first, epoch)
 note("RESUMED", epoch)
 if "RESUME_ONLY" not in os.environ:
-    for epoch in range(epoch + 1, 4):
+    for epoch in range(epoch + 1, 4):  # noqa: B020
         to_clean = list(os.listdir(ckpt))
         torch.save({"epoch": epoch, "w": torch.zeros(300)}, os.path.join(ckpt, f"epoch={epoch}-step={epoch * 5}.ckpt"))
         for name in to_clean:

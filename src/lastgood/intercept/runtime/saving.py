@@ -28,6 +28,8 @@ class Known(NamedTuple):
     size: int
     crc32: int
     inode: int
+    time: float
+    """When this process began to save it, in seconds since 1970."""
 
 
 class Raw(io.FileIO):
@@ -73,7 +75,7 @@ class Saver:
         """Where it saved them."""
         self.pretended: dict[str, int] = {}
         """Paths that only look saved to this process, since rank 0 saves for all; and their sizes in bytes."""
-        self._rounds: dict[str, int] = {}
+        self._rounds: dict[str, tuple[int, float]] = {}
         self._cleared: set[str] = set()
 
     # Who writes.
@@ -150,16 +152,21 @@ class Saver:
         """
         if crc is None:
             size, crc = journal.checksum(source)
-        round_ = self._rounds[target] = self._rounds.get(target, 0) + 1
+        round_, before = self._next_round(target, called)
         rank = ranks.rank()
+        if self._is_from_rank_zero(source):
+            rank = 0  # Both saved one temporary name, and rank 0's content is what lies there.
         try:
             with system.locked(target):
                 inode = os.stat(source).st_ino
                 versions = journal.read(target)
-                if rank and _rank_zero_wrote(versions, self.settings.run, round_, called):
-                    self.report.add(collisions=1)
-                    system.remove(source)
-                    return False
+                if rank:
+                    theirs = self._of_rank_zero(versions, round_, before, called)
+                    if theirs is not None:
+                        self.report.add(collisions=1)
+                        system.remove(source)
+                        self.mine[target] = Known(theirs.size, theirs.crc32, theirs.inode, called)
+                        return False
                 self.units.begin(target)
                 now = time.time()
                 versions = self._keep_old(target, versions)
@@ -177,13 +184,36 @@ class Saver:
             raise  # The source was taken away by another rank, or the directory by the program: the caller looks.
         except OSError as error:
             raise self._refused(source, target, error) from error
-        self.mine[target] = Known(size, crc, inode)
+        self.mine[target] = Known(size, crc, inode, called)
         self.directories.add(os.path.dirname(target))
         self.pretended.pop(target, None)
         self.report.saved(size, time.time() - called)
         if self.settings.mirror:
             mirror.copy(target, self.settings, self.report)
         return True
+
+    def _next_round(self, target: str, called: float) -> tuple[int, float]:
+        """How often this process has saved `target`, this time included, and when it began the time before."""
+        count, before = self._rounds.get(target, (0, 0.0))
+        self._rounds[target] = (count + 1, called)
+        return count + 1, before
+
+    def _of_rank_zero(
+        self, versions: list[journal.Version], round_: int, before: float, called: float
+    ) -> journal.Version | None:
+        """What rank 0 of this run put here while this rank was saving, or since its last time and in the same round.
+
+        Rank 0 itself never looks: its file is put in place whatever others did, so that it has the last word.
+        """
+        for version in reversed(versions):
+            if version.run == self.settings.run and version.rank == 0:
+                if version.time >= called or (version.round == round_ and version.time >= before):
+                    return version
+        return None
+
+    def _is_from_rank_zero(self, source: str) -> bool:
+        newest = journal.read(source)[-1:] if source in self.mine else []
+        return bool(newest) and newest[0].rank == 0 and newest[0].run == self.settings.run
 
     def _count_retry(self) -> None:
         self.report.add(retries=1)
@@ -302,7 +332,9 @@ class Saver:
         if known is not None:
             # The other renames first and releases the lock after: its journal entry is there when we hold the lock.
             with system.locked(target):
-                if any(v.run == self.settings.run for v in journal.read(target)) and system.exists(target):
+                versions = journal.read(target)
+                if any(v.run == self.settings.run and v.time >= known.time for v in versions):
+                    self._next_round(target, time.time())
                     self.report.add(collisions=1)
                     return False
         rename()  # Fails as it would have without us.
@@ -311,11 +343,6 @@ class Saver:
 
 def _names_rank(path: str, rank: int) -> bool:
     return re.search(rf"(?<!\d)0*{rank}(?!\d)", os.path.basename(path)) is not None
-
-
-def _rank_zero_wrote(versions: list[journal.Version], run: str, round_: int, called: float) -> bool:
-    """Whether rank 0 of this run has put its file here in this round, or while this rank was saving."""
-    return any(v.run == run and v.rank == 0 and (v.round == round_ or v.time >= called) for v in versions)
 
 
 def _same_file_system(source: str, target: str) -> bool:
