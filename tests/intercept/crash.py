@@ -16,6 +16,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -90,7 +91,7 @@ def child(program: str, cwd: str, rank: int, ranks: int, killer: Killer | None, 
         os.chdir(cwd)
         os.environ.update(variables)
         if ranks > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
         sys.argv = [program]
         if killer is not None:
             killer.arm()
@@ -131,6 +132,9 @@ def try_point(options: argparse.Namespace, point: int) -> dict[str, Any]:
     work = tempfile.mkdtemp(prefix="point-", dir=options.work)
     cwd = tempfile.mkdtemp(prefix="cwd-", dir=options.cwd) if options.cwd else work
     variables = {"ACK": f"{work}/ACK", "RESUMED": f"{work}/RESUMED", "OUT": work}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables["MASTER_PORT"] = str(free.getsockname()[1])
     if options.by_step:
         variables["BY_STEP"] = "1"
     victim = point % options.ranks

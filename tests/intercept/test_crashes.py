@@ -61,6 +61,13 @@ def test_the_same_script_loses_its_file_without_us(tmp_path: Path) -> None:
     assert lost(results)
 
 
+def test_two_ranks_that_overwrite_the_same_file(tmp_path: Path) -> None:
+    results, output = crash("naive.py", tmp_path, "--ranks", "2", "--stride", "3")
+    assert len(results) > 12
+    assert not lost(results), output
+    assert results[-1]["codes"] == [0, 0], output
+
+
 @pytest.mark.parametrize("mode", ["before", "torn"])
 def test_two_ranks_that_rename_the_same_temporary_file(tmp_path: Path, mode: str) -> None:
     results, output = crash("every_rank_renames.py", tmp_path, "--mode", mode, "--ranks", "2")
@@ -88,6 +95,17 @@ def test_gpt_sovits_always_has_a_complete_pair(
 def test_gpt_sovits_loses_its_state_without_us(tmp_path: Path, memory: Path) -> None:
     results, _ = crash("sovits.py", memory, "--mode", "torn", "--cwd", str(tmp_path), protected=False)
     assert lost(results)
+
+
+@pytest.mark.slow
+def test_hugging_face_with_two_ranks(memory: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    preload = "torch,transformers.trainer,accelerate"
+    results, output = crash("hf.py", memory, "--ranks", "2", "--preload", preload, "--stride", "11")
+    assert len(results) > 8
+    assert not lost(results), output
+    assert results[-1]["codes"] == [0, 0], output
 
 
 @pytest.mark.parametrize("mode", ["before", "torn"])

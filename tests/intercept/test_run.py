@@ -195,7 +195,7 @@ HELD = """
     import _lastgood_run.system as system
     real, until = system.replace, time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else os.environ["HELD"])
     def held(source, target):
-        if "last.pth" in str(target) and not str(target).endswith(".json") and time.monotonic() < until:
+        if "last.pth" in str(target) and not str(target).endswith(".jsonl") and time.monotonic() < until:
             error = PermissionError(13, "used by another process"); error.winerror = 32
             raise error
         return real(source, target)
@@ -295,7 +295,7 @@ def test_children_of_every_kind_are_reached(tmp_path: Path) -> None:
     )
     assert code == 0, output
     for name in ("spawn", "fork", "worker", "subprocess"):
-        assert (tmp_path / ".lastgood" / f"{name}.pth.json").exists(), (name, output)
+        assert (tmp_path / ".lastgood" / f"{name}.pth.jsonl").exists(), (name, output)
     assert "4 files saved" in output
 
 

@@ -15,6 +15,7 @@ def note(variable, step):
 class Loop(Trainer):
     def _save_checkpoint(self, *args, **kwargs):
         result = super()._save_checkpoint(*args, **kwargs)
+        torch.distributed.barrier() if torch.distributed.is_initialized() else None
         note("ACK", self.state.global_step)
         return result
 
@@ -27,6 +28,7 @@ data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
 arguments = TrainingArguments(
     output_dir="out", max_steps=3, save_steps=1, save_total_limit=2, per_device_train_batch_size=1, report_to=[],
     use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+    ddp_backend="gloo",
 )  # fmt: skip
 trainer = Loop(model=model, args=arguments, train_dataset=data)
 last = get_last_checkpoint("out") if os.path.isdir("out") else None

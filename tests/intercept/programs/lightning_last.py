@@ -40,8 +40,9 @@ class Notes(ModelCheckpoint):
         note("ACK", trainer.global_step)
 
 
+epochs = 4 if "RESUME_ONLY" in os.environ else 3
 trainer = lightning.Trainer(
-    max_epochs=3, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[Notes(dirpath="ckpt", save_last=True, save_top_k=1, every_n_epochs=1)],
+    max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+    enable_model_summary=False, callbacks=[Notes(dirpath="ckpt", save_last=True, save_top_k=1, every_n_epochs=1)],
 )  # fmt: skip
 trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(4, 8), batch_size=4), ckpt_path="last")

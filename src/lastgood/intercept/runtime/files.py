@@ -77,16 +77,17 @@ def is_checkpoint_move(source: str, target: str) -> bool:
     return is_checkpoint(target) and system.isfile(source) and os.path.isdir(os.path.dirname(target))
 
 
-class Bytes(io.BufferedWriter):
+class _Atomic:
     """A file opened for writing: under its name when it is closed, if all went well until then."""
 
-    def __init__(self, path: str, shown: Any, buffer_size: int) -> None:
+    def prepare(self, path: str, shown: Any, mode: str) -> Raw:
         self._path = path
         self._shown = shown
+        self._mode = mode
         self._called = time.time()
         self._failed: BaseException | None = None
         self._temporary = _saver.temporary(path)
-        super().__init__(Raw(self._temporary), buffer_size)
+        return Raw(self._temporary, mode="x+" if "+" in mode else "x")
 
     @property
     def name(self) -> Any:
@@ -94,7 +95,7 @@ class Bytes(io.BufferedWriter):
 
     @property
     def mode(self) -> str:
-        return "wb"
+        return self._mode
 
     def fail(self, error: BaseException) -> None:
         """What was written is not to be kept: the program left the block with an error."""
@@ -106,23 +107,39 @@ class Bytes(io.BufferedWriter):
         self.close()
 
     def close(self) -> None:
-        if self.closed:
+        this: Any = self
+        if this.closed:
             return
-        raw: Any = self.raw
+        raw: Any = this.raw
+        base: Any = super()
         try:
             if self._failed is None:
-                _saver.finish(raw, super())
+                _saver.finish(raw, base)
         except BaseException as error:
             self._failed = error
             raise
         finally:
             try:
-                super().close()
+                base.close()
             finally:
                 if self._failed is not None:
                     _saver.abandon(self._temporary, self._path, self._failed)
         if self._failed is None:
             _saver.put(self._temporary, self._path, raw.size, raw.crc, self._called)
+
+
+class Bytes(_Atomic, io.BufferedWriter):  # type: ignore[misc, override, unused-ignore]
+    """A file opened with "wb"."""
+
+    def __init__(self, path: str, shown: Any, buffer_size: int) -> None:
+        super().__init__(self.prepare(path, shown, "wb"), buffer_size)
+
+
+class ReadableBytes(_Atomic, io.BufferedRandom):  # type: ignore[misc, override, unused-ignore]
+    """A file opened with "w+b", as zipfile does, and so numpy for an npz."""
+
+    def __init__(self, path: str, shown: Any, buffer_size: int) -> None:
+        super().__init__(self.prepare(path, shown, "rb+"), buffer_size)
 
 
 class Text(io.TextIOWrapper):
@@ -149,7 +166,7 @@ def open(
     if (
         not isinstance(mode, str)
         or "w" not in mode
-        or "+" in mode
+        or ("+" in mode and "b" not in mode)
         or buffering == 0
         or opener is not None
         or not isinstance(file, (str, os.PathLike))
@@ -159,10 +176,10 @@ def open(
     path = target_of(file) if name is not None and is_checkpoint(name) else None
     if path is None:
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
-    if _saver.leaves_to_rank_zero(path):
+    if "+" not in mode and _saver.leaves_to_rank_zero(path):
         _saver.pretend(path, 0)
         return system.open_file(os.devnull, mode, buffering, encoding, errors, newline)
-    binary = Bytes(path, file, buffering if buffering > 1 else 1 << 20)
+    binary = (ReadableBytes if "+" in mode else Bytes)(path, file, buffering if buffering > 1 else 1 << 20)
     if "b" in mode:
         return binary
     text = Text(binary, encoding, errors, newline, line_buffering=buffering == 1)

@@ -1,7 +1,8 @@
 """What was saved, beside it: for each file its versions, with size, checksum, time, rank and program.
 
-``DIR/.lastgood/NAME.json`` belongs to ``DIR/NAME``. An entry is written before its file is put in place, so that a file
-is good when it is any of the versions in the journal: a crash between the two leaves the file one entry behind.
+``DIR/.lastgood/NAME.jsonl`` belongs to ``DIR/NAME``; its last whole line counts. It is written before the file is put
+in place, so that a file is good when it is any of the versions in the journal: a crash between the two leaves the file
+one entry behind.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from . import system
 from .settings import PRIVATE
 
+SUFFIX = ".jsonl"
 KEEP_ENTRIES = 8
+_COMPACT = 1 << 16
+# Bytes of a journal after which its old lines are dropped.
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Version:
     size: int
     """Bytes."""
     crc32: int
-    """Of the whole file, as zlib computes it; -1 for a file that was there before us."""
+    """Of the bytes from `begins` on, as zlib computes it; -1 for a file that was there before us."""
     time: float
     """Seconds since 1970, when it was put in place."""
     rank: int = -1
@@ -39,6 +43,9 @@ class Version:
     program: str = ""
     inode: int = -1
     """Of the file: it tells a version that is in place from one that was cut off before."""
+    begins: int = 0
+    """0: the checksum is that of the whole file. Otherwise it is that of a zip's directory, which begins here and
+    holds the checksums that torch computed of everything before."""
     kept: str = ""
     """The name of a hard link in ``.lastgood/history`` that holds this version."""
 
@@ -53,24 +60,40 @@ class Finding:
 
 
 def _journal(target: str) -> str:
-    return os.path.join(os.path.dirname(target), PRIVATE, os.path.basename(target) + ".json")
+    return os.path.join(os.path.dirname(target), PRIVATE, os.path.basename(target) + SUFFIX)
 
 
 def read(target: str) -> list[Version]:
     """The versions of a file, oldest first; none where there is no journal, or it does not make sense."""
     try:
-        with system.open_file(_journal(target), encoding="utf-8") as file:
-            return [Version(**entry) for entry in json.load(file)["versions"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        with system.open_file(_journal(target), "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
         return []
+    for line in reversed(lines):
+        try:
+            return [Version(**entry) for entry in json.loads(line)]
+        except (ValueError, TypeError):
+            continue  # A crash cut this line off.
+    return []
 
 
 def write(target: str, versions: list[Version]) -> None:
-    """Replace the journal of a file. Not synced: a journal that a power cut took is a file without a journal."""
+    """Set the versions of a file. Not synced: a journal that a power cut took is a file without a journal.
+
+    A line is added, and the journal is not replaced: a rename over a file makes some file systems flush it, which
+    takes longer than saving a small model.
+    """
     path = _journal(target)
+    line = json.dumps([version.__dict__ for version in versions]).encode() + b"\n"
+    with system.open_file(path, "ab", buffering=0) as file:
+        if file.tell() == 0 or file.tell() < _COMPACT:
+            # On a line of its own, wherever a crash left the one before.
+            file.write(b"\n" + line if file.tell() else line)
+            return
     temporary = system.temporary(target)
-    with system.open_file(temporary, "w", encoding="utf-8") as file:
-        json.dump({"name": os.path.basename(target), "versions": [asdict(v) for v in versions]}, file)
+    with system.open_file(temporary, "wb") as file:
+        file.write(line)
     system.patiently(lambda: system.replace(temporary, path), 2.0, lambda: None)
 
 
@@ -84,10 +107,12 @@ def history_path(target: str, name: str) -> str:
     return os.path.join(os.path.dirname(target), PRIVATE, "history", name)
 
 
-def checksum(path: str) -> tuple[int, int]:
-    """Size in bytes and CRC-32 of a file."""
-    crc = size = 0
+def checksum(path: str, begins: int = 0) -> tuple[int, int]:
+    """Size in bytes of a file, and the CRC-32 of what comes from `begins` on."""
+    crc = 0
+    size = begins
     with system.open_file(path, "rb", buffering=0) as file:
+        file.seek(begins)
         while True:
             block = file.read(1 << 22)
             if not block:
@@ -103,19 +128,40 @@ def check(target: str, versions: list[Version]) -> str:
     sizes = {version.size for version in versions}
     try:
         size = system.getsize(target)
-        crc = checksum(target)[1] if size in sizes else -1
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
         return f"it cannot be read: {error}"
-    if any(version.size == size and version.crc32 in (crc, -1) for version in versions):
-        return ""
+    try:
+        if size in sizes and any(_fits(target, version) for version in versions if version.size == size):
+            return ""
+    except OSError as error:
+        return f"it cannot be read: {error}"
     if _is_whole(target):
         return ""  # Another program, outside of `lastgood run`, has written it since.
     last = versions[-1]
     if size != last.size:
         return f"it has {size} bytes, not the {last.size} that were saved"
     return "its bytes have changed since it was saved (checksum)"
+
+
+def _fits(path: str, version: Version) -> bool:
+    if version.crc32 == -1:
+        return True
+    if checksum(path, version.begins)[1] != version.crc32:
+        return False
+    return not version.begins or _is_whole(path)
+
+
+def zip_directory(path: str) -> int:
+    """Where the directory of a zip file begins; 0 where that cannot be told, or not all before it has a checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if all(member.CRC or not member.file_size for member in archive.infolist()):
+                return archive.start_dir
+    except (OSError, ValueError, zipfile.BadZipFile):
+        pass  # Not a zip: its whole content is checksummed.
+    return 0
 
 
 def _is_whole(path: str) -> bool:
@@ -160,9 +206,9 @@ def intact_versions(target: str) -> Iterator[tuple[str, Version]]:
     candidates = [(v.time, history_path(target, v.kept), v) for v in read(target) if v.kept]
     hidden = os.path.join(directory, PRIVATE)
     for entry in system.listdir(hidden) if os.path.isdir(hidden) else []:
-        name = entry[: -len(".json")]
+        name = entry[: -len(SUFFIX)]
         if (
-            entry.endswith(".json")
+            entry.endswith(SUFFIX)
             and name != os.path.basename(target)
             and family(name) == family(os.path.basename(target))
         ):
@@ -181,9 +227,9 @@ def verify(directory: str) -> list[Finding]:
             continue
         directories.remove(PRIVATE)
         for entry in sorted(system.listdir(os.path.join(here, PRIVATE))):
-            if not entry.endswith(".json") or entry.startswith("open-"):
+            if not entry.endswith(SUFFIX):
                 continue
-            target = os.path.join(here, entry[: -len(".json")])
+            target = os.path.join(here, entry[: -len(SUFFIX)])
             versions = read(target)
             if system.exists(target):  # A file that its program deleted is no damage.
                 findings.append(Finding(target, check(target, versions)))

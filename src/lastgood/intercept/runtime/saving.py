@@ -30,21 +30,23 @@ class Known(NamedTuple):
     inode: int
     time: float
     """When this process began to save it, in seconds since 1970."""
+    begins: int
+    """As in :class:`journal.Version`."""
 
 
 class Raw(io.FileIO):
     """The temporary file: counts and checksums what is written from front to back."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path, "x")  # FileIO("x") is always binary and unbuffered.
-        self.crc: int | None = 0
+    def __init__(self, path: str, *, checksum: bool = True, mode: str = "x") -> None:
+        super().__init__(path, mode)  # FileIO is always binary and unbuffered.
+        self.crc: int | None = 0 if checksum else None
         self.size = 0
         self._ahead = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if self.crc is not None and self.tell() != self.size:
-            self.crc = None  # The writer went back (numpy's npz does): the file is read once more at the end.
+            self.crc = None  # The writer went back (a zip file does): the file is read once more at the end.
         written = 0
         while written < len(view):
             # In pieces: the checksum finds the bytes in the processor's cache, and Ctrl-C gets through.
@@ -95,18 +97,23 @@ class Saver:
 
     @contextlib.contextmanager
     def writing(self, path: str) -> Iterator[Any]:
-        """A new file for `path`, put in place when the block ends well, and gone when it does not."""
+        """A new file for `path`, put in place when the block ends well, and gone when it does not.
+
+        It is for torch.save, whose zip has checksums of its own: computing them again would double what a save costs.
+        """
         called = time.time()
         temporary = self.temporary(path)
         try:
-            raw = Raw(temporary)
+            raw = Raw(temporary, checksum=False)
             with io.BufferedWriter(raw, 1 << 20) as file:
                 yield file
                 self.finish(raw, file)
         except BaseException as error:
             self.abandon(temporary, path, error)
             raise
-        self.put(temporary, path, raw.size, raw.crc, called)
+        begins = journal.zip_directory(temporary)
+        _, crc = journal.checksum(temporary, begins)
+        self.put(temporary, path, raw.size, crc, called, begins=begins)
 
     def temporary(self, path: str) -> str:
         directory = os.path.dirname(path)
@@ -140,6 +147,7 @@ class Saver:
         crc: int | None,
         called: float,
         *,
+        begins: int = 0,
         operation: Callable[[], Any] | None = None,
     ) -> bool:
         """Give the complete file `source` the name `target`. Returns False where another rank's file is kept instead.
@@ -165,14 +173,14 @@ class Saver:
                     if theirs is not None:
                         self.report.add(collisions=1)
                         system.remove(source)
-                        self.mine[target] = Known(theirs.size, theirs.crc32, theirs.inode, called)
+                        self.mine[target] = Known(theirs.size, theirs.crc32, theirs.inode, called, theirs.begins)
                         return False
                 self.units.begin(target)
                 now = time.time()
                 versions = self._keep_old(target, versions)
                 program = os.path.basename(sys.argv[0]) if sys.argv else ""
                 new = journal.Version(size, crc, now, -1 if rank is None else rank, round_, self.settings.run, program)
-                new.inode = inode
+                new.inode, new.begins = inode, begins
                 journal.write(target, [*versions, new])
                 system.patiently(
                     operation or (lambda: system.replace(source, target)), self.settings.patience, self._count_retry
@@ -184,7 +192,7 @@ class Saver:
             raise  # The source was taken away by another rank, or the directory by the program: the caller looks.
         except OSError as error:
             raise self._refused(source, target, error) from error
-        self.mine[target] = Known(size, crc, inode, called)
+        self.mine[target] = Known(size, crc, inode, called, begins)
         self.directories.add(os.path.dirname(target))
         self.pretended.pop(target, None)
         self.report.saved(size, time.time() - called)
@@ -206,9 +214,9 @@ class Saver:
         Rank 0 itself never looks: its file is put in place whatever others did, so that it has the last word.
         """
         for version in reversed(versions):
-            if version.run == self.settings.run and version.rank == 0:
-                if version.time >= called or (version.round == round_ and version.time >= before):
-                    return version
+            since = before if version.round == round_ else called
+            if version.run == self.settings.run and version.rank == 0 and version.time >= since:
+                return version
         return None
 
     def _is_from_rank_zero(self, source: str) -> bool:
@@ -293,15 +301,16 @@ class Saver:
             else:
                 if known is None:
                     system.sync_path(source)
-                size, crc = (known.size, known.crc32) if known else (0, None)
-                moved = self.put(source, target, size, crc, called, operation=rename)
+                size, crc, begins = (known.size, known.crc32, known.begins) if known else (0, None, 0)
+                moved = self.put(source, target, size, crc, called, begins=begins, operation=rename)
             if self.mine.pop(source, None):
                 journal.forget(source)
             return moved
 
     def _move_across(self, source: str, target: str, known: Known | None, called: float) -> bool:
         with self.copied(source, target) as (temporary, raw):
-            if known is not None and (raw.size, raw.crc) != (known.size, known.crc32):
+            saved = [journal.Version(known.size, known.crc32, known.time, begins=known.begins)] if known else []
+            if journal.check(temporary, saved):
                 raise OSError(
                     errno.EIO, f"the copy of {source} for {target} differs from what was saved; both are kept"
                 )
