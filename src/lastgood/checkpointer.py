@@ -447,6 +447,8 @@ class Checkpointer:
             return
         self._finish_save()
         self._closed = True
+        self._steady.close()
+        self._snapshot.close()
         self._saver.close(self.deadline)
         self._session.close()
         _live.pop(self._key, None)

@@ -223,11 +223,14 @@ else:
         os.fsync(descriptor)
 
 
-def sync_dir(path: Path) -> None:
-    """Make the names in a directory durable. Windows has no such call: there, the file system's journal does it."""
+def sync_dir(path: Path) -> bool:
+    """Make the names in a directory durable. Returns whether the file system knows how to.
+
+    Windows has no such call: there, the file system's journal does it.
+    """
     with _observed("sync_dir", path):
         if WINDOWS:
-            return
+            return False
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _sync_descriptor(descriptor)
@@ -235,8 +238,10 @@ def sync_dir(path: Path) -> None:
             # Some network and FUSE file systems do not know fsync of a directory (EINVAL, ENOTSUP); `doctor` says so.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+            return False
         finally:
             os.close(descriptor)
+    return True
 
 
 def replace(source: Path, target: Path, *, patience: float | None = None) -> None:
@@ -401,6 +406,14 @@ def names(path: Path) -> list[str]:
 def free_bytes(path: Path) -> int:
     """Bytes that this user can still write to the file system of `path`."""
     return shutil.disk_usage(_native(path)).free
+
+
+def free_files(path: Path) -> int | None:
+    """How many more files this user can make there; None where the file system sets no number."""
+    if WINDOWS:
+        return None
+    status = os.statvfs(path)
+    return status.f_favail if status.f_files else None
 
 
 def give_to_group(path: Path, group: int) -> None:
