@@ -19,8 +19,9 @@ Objects = dict[str, Any]
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The values of a tensor, whatever its type, strides and device."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return bytes(plain.view(torch.uint8).tolist())
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+    plain.copy_(tensor.detach())
+    return bytes(plain.reshape(-1).view(torch.uint8).tolist())
 
 
 def difference(one: Any, two: Any, path: str = "") -> str | None:

@@ -57,7 +57,7 @@ class Checkpointer:
         gradients: save the gradients too: for saves inside an accumulation window.
         replicated: patterns (fnmatch) of tensor names that are the same on every rank, beside what DDP holds.
         local: patterns of tensor names of which every rank has its own.
-        leave_out: patterns of state paths that are not saved.
+        leave_out: patterns of state paths that are neither saved nor changed by a restore.
         writers: how many ranks share the writing of replicated tensors; all by default.
         deadline: seconds for which a save waits for a rank.
         busy: what :meth:`save` does while the save before it is still being written: "wait" for it, or "skip" this one.
@@ -217,7 +217,8 @@ class Checkpointer:
         self._restores += 1
         began = time.monotonic()
         mirror = Path(self._mirror.path) if self._mirror else None
-        restore = Restore(self.run, mirror, self.world, self.channel, self._objects, strict, key, self._saver.report)
+        objects, report, leave_out = self._objects, self._saver.report, self._flattener[2]
+        restore = Restore(self.run, mirror, self.world, self.channel, objects, strict, key, report, leave_out)
         restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
         self._settle(restored, key)
@@ -447,6 +448,8 @@ class Checkpointer:
             return
         self._finish_save()
         self._closed = True
+        self._steady.close()
+        self._snapshot.close()
         self._saver.close(self.deadline)
         self._session.close()
         _live.pop((self.run, self.world.rank), None)

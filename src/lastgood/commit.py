@@ -122,6 +122,7 @@ class Member:
         own = [*layout.own, *differing]
         if own:
             files.append(_write_file(directory / f"{rank:05d}-own.safetensors", own, request.buffer))
+        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
         answer["own"] = files
         answer["local"] = {piece.name: piece.label for piece in own if piece.label != piece.name}
         answer["objects"] = {name: request.objects[name] for name in _different(objects, call["objects"])}
@@ -253,6 +254,7 @@ class Root:
             for file in report["own"]:
                 self._see(directory, rank, file)
                 files.append(file)
+        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
         manifest = self._manifest(request, attempt, reports, held, files)
         self._commit(directory, manifest)
         self._reported.update(

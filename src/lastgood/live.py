@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lastgood.state import memory_key
+from lastgood.state import matches, memory_key
 
 
 def uncast(saved: Any, cast: Any) -> Any:
@@ -29,6 +29,28 @@ def uncast(saved: Any, cast: Any) -> Any:
     return cast if type(saved) in (int, float, bool, type(None)) else saved
 
 
+def keep_left_out(present: Any, saved: Any, path: str, patterns: Sequence[str]) -> Any:
+    """`saved`, with the present values of what was left out of the saving."""
+    if not patterns:
+        return saved
+    if isinstance(present, dict) and isinstance(saved, dict):
+        for key, item in present.items():
+            if matches(f"{path}.{key}", patterns):
+                saved[key] = item
+            elif key in saved:
+                saved[key] = keep_left_out(item, saved[key], f"{path}.{key}", patterns)
+    elif type(present) in (list, tuple) and type(saved) is type(present):
+        return type(saved)(
+            item
+            if i >= len(present)
+            else present[i]
+            if matches(f"{path}[{i}]", patterns)
+            else keep_left_out(present[i], item, f"{path}[{i}]", patterns)
+            for i, item in enumerate(saved)
+        )
+    return saved
+
+
 def is_value(key: str, item: Any) -> bool:
     """Whether an item of a state_dict is a value, to be set as a whole; extra state may be a tensor of any size."""
     return not isinstance(item, torch.Tensor) or key.rpartition(".")[2] == "_extra_state"
@@ -36,11 +58,11 @@ def is_value(key: str, item: Any) -> bool:
 
 def is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether every tensor of the state_dict is the memory of a parameter or buffer, and nothing wants to hear."""
-    owned = {t.data_ptr() for t in [*module.parameters(), *module.buffers()] if type(t).__name__ != "DTensor"}
+    owned = {_address(tensor) for tensor in [*module.parameters(), *module.buffers()]} | {None}
     for tensor in state.values():
         if not isinstance(tensor, torch.Tensor):
             return False
-        if type(tensor).__name__ != "DTensor" and tensor.numel() and tensor.data_ptr() not in owned:
+        if tensor.numel() and _address(tensor) not in owned:
             return False
     for child in module.modules():
         hooks = getattr(child, "_load_state_dict_pre_hooks", None), getattr(child, "_load_state_dict_post_hooks", None)
@@ -54,6 +76,12 @@ def is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
     return True
 
 
+def _address(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's memory begins; None for kinds of tensors that have no single memory."""
+    plain = tensor.layout is torch.strided and not tensor.is_nested and type(tensor).__name__ != "DTensor"
+    return tensor.data_ptr() if plain else None
+
+
 def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any:
     """A restored plain value. Containers and tensors are changed in place, so that all who hold them see it.
 
@@ -62,6 +90,8 @@ def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any
         saved: the restored one.
         taken: what was changed so far: an object that is in two places now, but was saved as two, takes one of them.
     """
+    if value is saved:
+        return value
     if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
         key = memory_key(value)
         if key == memory_key(saved):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ from lastgood import disk, shard, values
 from lastgood.catalog import Entry
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
-from lastgood.live import into_value, is_plain, is_value, uncast
+from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
 from lastgood.manifest import Chunk, Manifest, RankRecord
 from lastgood.state import (
     Flattener,
@@ -30,6 +30,7 @@ from lastgood.state import (
     clean_names,
     kind_of,
     local_part,
+    matches,
     memory_key,
     optimizer_names,
     parameter_names,
@@ -59,6 +60,8 @@ class Loading:
     objects: dict[str, Any]
     world: World
     strict: bool
+    leave_out: Sequence[str] = ()
+    """Patterns of state paths that keep their present values."""
     notes: list[str] = field(default_factory=list)
     """What was not carried over, in sentences."""
     _problems: list[str] = field(default_factory=list)
@@ -67,6 +70,8 @@ class Loading:
     _current: dict[str, LocalTensor] = field(default_factory=dict)
     _states: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By module, the state_dict into whose tensors is read."""
+    _unfit: set[str] = field(default_factory=set)
+    """Tensors of modules that do not fit."""
     _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
     """By memory of a module's tensor, its path and the saved tensor that goes there."""
 
@@ -77,9 +82,13 @@ class Loading:
             MismatchError: something does not fit; all of it is listed.
             DamagedError: the manifest refers to tensors that it does not have.
         """
-        self._current = Flattener(self.objects, world_size=self.world.size).flatten().tensors
+        flattener = Flattener(self.objects, world_size=self.world.size, leave_out=self.leave_out)
+        self._current = flattener.flatten().tensors
         names = parameter_names(self.objects)
-        for name, value in self.objects.items():
+        # Modules first: what does not fit of them is not restored in optimizers either.
+        for name, value in sorted(self.objects.items(), key=lambda item: kind_of(item[1]) != "module"):
+            if matches(name, self.leave_out):
+                continue
             if name not in self.manifest.objects:
                 self._problem(f"{name} is not in the checkpoint")
                 continue
@@ -94,7 +103,7 @@ class Loading:
                     self._prepare_optimizer(name, value, names)
                 else:
                     self._want_tree(self._tree(name))
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise DamagedError(f"{self.entry.path}: the state of {name} has no valid form: {error!r}") from error
         for name in self.manifest.objects:
             if name not in self.objects:
@@ -117,9 +126,9 @@ class Loading:
         restored: dict[str, Any] = {}
         taken: set[Any] = set()
         for name, value in self.objects.items():
-            if name not in self.manifest.objects or kind_of(value) != self.manifest.kinds.get(name):
-                continue
             kind = kind_of(value)
+            if kind != self.manifest.kinds.get(name) or matches(name, self.leave_out):
+                continue
             if kind == "module":
                 self._finish_module(name, value)
             elif kind == "optimizer":
@@ -127,9 +136,11 @@ class Loading:
             elif kind == "generator":
                 value.set_state(self._decode(self._tree(name)))
             elif kind == "stateful":
-                value.load_state_dict(self._decode(self._tree(name)))
+                present = value.state_dict() if self.leave_out else None
+                value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
             else:
-                restored[name] = into_value(value, self._decode(self._tree(name)), taken)
+                saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
+                restored[name] = into_value(value, saved, taken)
         return restored
 
     def random(self) -> Json:
@@ -178,6 +189,9 @@ class Loading:
         for key, tensor in self._states[name].items():
             key = clean(key, renames)
             path = f"{name}.{key}"
+            if matches(path, self.leave_out):
+                saved.pop(key, None)
+                continue
             if key not in saved:
                 self._problem(f"{path} is not in the checkpoint")
                 continue
@@ -197,9 +211,11 @@ class Loading:
             elif other[0] == path:
                 self._want(path, tree["v"], local)
         for key in saved:
-            self._problem(f"{name}.{key} is in the checkpoint but not in the model")
-        for tree in self._tree(name).get("gradients", {}).values():
-            self._want_tree(tree)
+            if not matches(f"{name}.{key}", self.leave_out):
+                self._problem(f"{name}.{key} is in the checkpoint but not in the model")
+        by_key = {clean(key, renames): parameter for key, parameter in module.named_parameters()}
+        for key, tree in self._tree(name).get("gradients", {}).items():
+            self._want_tree(tree, by_key.get(key))
 
     def _want(self, path: str, name: str, local: LocalTensor) -> None:
         record = self.manifest.tensors[self._resolve(name)]
@@ -207,7 +223,10 @@ class Loading:
         there = f"{str(DTYPES[record.dtype]).removeprefix('torch.')} {list(record.shape)}"
         if record.shape != local.shape or (self.strict and DTYPES[record.dtype] != local.tensor.dtype):
             self._problem(f"{path} is {there} in the checkpoint and {here} here")
+            self._unfit.add(path)
         else:
+            if DTYPES[record.dtype] != local.tensor.dtype:
+                self.notes.append(f"{path} is {there} in the checkpoint: converted to {here}")
             self._wants.append(_Want(self._resolve(name), local.tensor, local.offsets))
 
     def _prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
@@ -225,6 +244,9 @@ class Loading:
         parameters = [parameter for group in here for parameter in group["params"]]
         by_label = dict(zip(optimizer_names(name, optimizer, names), parameters, strict=True))
         for label, held in self._tree(name)["state"].items():
+            if label in self._unfit:
+                self.notes.append(f"{name}: the state of {label} is not restored, since that does not fit")
+                continue
             for tensor in tensor_names(held):
                 self._check_carried(tensor, essential=True)
             self._want_tree(held, by_label.get(label))
@@ -327,6 +349,8 @@ class Loading:
             module.load_state_dict({**state, **extra}, strict=False)
         gradients = self._tree(name).get("gradients", {})
         for key, parameter in module.named_parameters():
+            if "gradients" in self._tree(name):
+                parameter.grad = None
             if clean(key, renames) in gradients:
                 gradient = self._decode(gradients[clean(key, renames)])
                 parameter.grad = gradient.to(parameter.device)
@@ -336,7 +360,15 @@ class Loading:
         labels = optimizer_names(name, optimizer, parameter_names(self.objects))
         index_of = {label: index for index, label in enumerate(labels)}
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state = {index_of[label]: self._decode(held) for label, held in tree["state"].items() if label in index_of}
+        present = optimizer.state_dict()["state"] if self.leave_out else {}
+        state = {}
+        for label, index in index_of.items():
+            path = f"{name}.state.{label}"
+            if matches(path, self.leave_out):
+                state.update({index: present[index]} if index in present else {})
+            elif label in tree["state"] and label not in self._unfit:
+                saved_state = self._decode(tree["state"][label])
+                state[index] = keep_left_out(present.get(index), saved_state, path, self.leave_out)
         groups, at = [], 0
         for number, group in enumerate(optimizer.param_groups):
             count = len(group["params"])

@@ -30,7 +30,6 @@ class Loop:
         self._every, self._minutes = every, minutes
         self._request = stop.StopRequest()
         self._wished = False
-        self._decision: Decision | None = None
         self._last_save = time.monotonic()
 
     def run(self, step: int, total: int | None) -> Iterator[int]:
@@ -46,8 +45,8 @@ class Loop:
                     self._boundary(done)
                     if done == total:
                         break  # Whoever asks for a stop now gets it: the training is complete.
-                    if self._decision is not None and self._decision.step <= done:
-                        self._act(done, self._decision)
+                    if (decision := self._meeting.due(done)) is not None:
+                        self._act(done, decision)
                     elif self._every is not None and done % self._every == 0:
                         self._save(done)
                 complete = True
@@ -62,7 +61,6 @@ class Loop:
         self._last_save = time.monotonic()
 
     def _act(self, step: int, decision: Decision) -> None:
-        self._decision = None
         if decision.reason is None:
             self._save(step)
             return
@@ -75,9 +73,8 @@ class Loop:
 
     def _boundary(self, step: int) -> None:
         """Between two steps: hear of a meeting, or call one."""
-        heard = self._meeting.boundary(step)
-        self._decision = heard or self._decision
-        if self._decision is not None:
+        self._meeting.boundary(step)
+        if self._meeting.decision is not None:
             return
         reason = self._request.reason
         if self._world.rank != 0:
@@ -95,4 +92,4 @@ class Loop:
             reason = next((f"{text} at rank {rank}" for (_, rank), text in wishes.items() if rank), None)
         due = self._minutes is not None and time.monotonic() - self._last_save >= 60 * self._minutes
         if reason is not None or due:
-            self._decision = self._meeting.call(step, reason)
+            self._meeting.call(step, reason)

@@ -44,6 +44,8 @@ class Meeting:
         self._done: int | None = None
         self._called = 0
         self._held: int | None = None
+        self.decision: Decision | None = None
+        """What is still to be done. It outlives a training loop that ended before: on every rank alike."""
         channel.on("meeting/call/", self._answer)
 
     def enter(self, step: int) -> None:
@@ -63,22 +65,30 @@ class Meeting:
             self._held, done = number, self._done
         self._channel.post(f"meeting/at/{number}", done)
 
-    def boundary(self, step: int) -> Decision | None:
-        """Between two steps: note that `step` are done. While a meeting is on, wait for its decision and return it."""
+    def boundary(self, step: int) -> None:
+        """Between two steps: note that `step` are done. While a meeting is on, wait for its decision."""
         with self._lock:
             self._done = step
             number, self._held = self._held, None
         if number is None:
-            return None
+            return
         try:
             # Rank 0 waits for all answers, and then decides.
             found = self._channel.receive(f"meeting/decision/{number}", time.monotonic() + 3 * self._seconds)
         except PeerError as error:
             _log.warning("no decision on when to save: %s", error)
-            return None
-        return Decision(found["step"], found["reason"])
+            return
+        self.decision = Decision(found["step"], found["reason"])
 
-    def call(self, step: int, reason: str | None) -> Decision:
+    def due(self, step: int) -> Decision | None:
+        """The decision, when its step has come; given out once. One that comes too late counts only for a stop."""
+        found = self.decision
+        if found is None or found.step > step:
+            return None
+        self.decision = None
+        return found if found.step == step or found.reason is not None else None
+
+    def call(self, step: int, reason: str | None) -> None:
         """Rank 0, between two steps: all ranks say where they are; act at the first step that nobody has passed."""
         number, self._called = self._called, self._called + 1
         others = range(1, self._world.size)
@@ -91,4 +101,4 @@ class Meeting:
         # A rank that has done n steps is in the next one, or about to begin it: it can act after n + 1.
         decision = Decision(max([step, *(done + 1 for done in answers.values() if done is not None)]), reason)
         self._channel.post(f"meeting/decision/{number}", {"step": decision.step, "reason": reason})
-        return decision
+        self.decision = decision

@@ -20,9 +20,8 @@ from lastgood.errors import SaveError
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece
 from lastgood.state import LocalTensor
+from lastgood.steady import OVERLAP_BYTES
 
-OVERLAP_BYTES = 256 << 10
-"""Smaller tensors are copied at once: that takes no longer than to arrange for the copy."""
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
 _SAMPLES = 4
@@ -36,6 +35,9 @@ class _Late:
     source: torch.Tensor
     version: int
     sample: bytes
+
+    def changed(self) -> bool:
+        return self.source._version != self.version or _sample(self.source) != self.sample
 
 
 class Snapshot:
@@ -61,6 +63,8 @@ class Snapshot:
         self._failure: str | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
+        self._queued: list[tuple[str, torch.Tensor, int]] = []
+        """Steady tensors of the GPU whose copy is queued, with their versions, until the first hook has looked."""
 
     @property
     def size(self) -> int:
@@ -79,15 +83,19 @@ class Snapshot:
             steady: addresses of tensors that change in optimizer steps only.
         """
         self.wait()
+        self._events = []
         self._prepare(tensors, writers)
         self._failure = None
         late: list[_Late] = []
         with torch.no_grad():
             now: list[tuple[torch.Tensor, torch.Tensor]] = []
+            queued: list[tuple[str, torch.Tensor, int]] = []
             for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
                 source = _source(tensors[piece.name], piece)
                 if source.is_cuda:
                     now.append((target, source))
+                    if self.overlap and source.untyped_storage().data_ptr() in steady:
+                        queued.append((piece.name, source, source._version))
                 elif (
                     self.overlap
                     and piece.size >= OVERLAP_BYTES
@@ -98,7 +106,9 @@ class Snapshot:
                     late.append(_Late(piece, source, source._version, _sample(source)))
                 else:
                     target.copy_(source)
-            self._queue(now, steady)
+            if now:
+                self._queue(now, steady)
+                self._queued = queued
         with self._news:
             self._filled = late[0].piece.at if late else self.layout.size
         if late:
@@ -109,16 +119,26 @@ class Snapshot:
 
         With CUDA tensors the GPU waits instead, on its current stream.
         """
+        self._look_at_queued()
         for event in self._events:
             torch.cuda.current_stream().wait_event(event)
         with self._news:
             while self._filled < self.layout.size:
                 self._news.wait()
 
+    def close(self) -> None:
+        """Give the memory back. The caller makes sure that nobody reads it any more."""
+        self.wait()
+        self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
+        self._targets, self._events, self._filled = [], [], 0
+        self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.view = memoryview(b"")
+
     def await_bytes(self, end: int) -> None:
         """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment."""
         for event in list(self._events):
             event.synchronize()
+        self._look_at_queued()
         with self._news:
             while self._filled < end and self._failure is None:
                 self._news.wait()
@@ -135,14 +155,29 @@ class Snapshot:
                     part = min(_STRIDE, size - offset)
                     # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
                     ctypes.memmove(base + offset, source + offset, part)
-                    self._advance(at + offset + part)
-                if item.source._version != item.version or _sample(item.source) != item.sample:
+                    # The writer may follow, but the training may not go on before the last look below.
+                    self._advance(min(at + offset + part, self.layout.size - 1))
+                if item.changed():
                     return self._fail(item.piece.name)
-                self._advance(following.piece.at if following is not None else self.layout.size)
+                if following is not None:
+                    self._advance(following.piece.at)
+            # Once more: an operation that was under way raises the version counters only at its end.
+            for item in late:
+                if item.changed():
+                    return self._fail(item.piece.name)
+            self._advance(self.layout.size)
             return None
         except BaseException as error:
             self._fail(f"({error})")
             raise
+
+    def _look_at_queued(self) -> None:
+        """Whether something other than a step changed a tensor of the GPU since ``save``: before a step, or later."""
+        with self._news:
+            queued, self._queued = self._queued, []
+            changed = next((name for name, source, version in queued if source._version != version), None)
+        if changed is not None:
+            self._fail(changed)
 
     def _advance(self, filled: int) -> None:
         with self._news:

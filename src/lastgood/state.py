@@ -133,12 +133,17 @@ def clean(key: str, renames: Mapping[str, str]) -> str:
 def parameter_names(objects: Mapping[str, Any]) -> dict[int, str]:
     """By id, the name of every parameter of every registered module."""
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for name, value in objects.items():
         if isinstance(value, nn.Module):
             module = unwrap(value)
             renames = clean_names(module)
             for key, parameter in module.named_parameters():
-                names.setdefault(id(parameter), f"{name}.{clean(key, renames)}")
+                label = f"{name}.{clean(key, renames)}"
+                while label in taken:
+                    label += "+"  # "a" with "b.c" in it, and "a.b" with "c".
+                taken.add(label)
+                names.setdefault(id(parameter), label)
     return names
 
 
@@ -150,6 +155,11 @@ def optimizer_names(name: str, optimizer: torch.optim.Optimizer, names: Mapping[
             # A parameter of no registered module has only its place to be known by.
             result.append(names.get(id(parameter), f"{name}.group{number}.{position}"))
     return result
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a state path is one of those that `patterns` mean. A path as an error message gives it means itself."""
+    return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def unsaved_parameters(objects: Mapping[str, Any], state: State) -> dict[str, list[str]]:
@@ -200,6 +210,8 @@ class Flattener:
         trees: dict[str, Json] = {}
         kinds: dict[str, str] = {}
         for name, value in self._objects.items():
+            if self._left_out(name):
+                continue
             refuse_unsupported(name, value)
             kinds[name] = kind = kind_of(value)
             if kind == "module":
@@ -235,7 +247,7 @@ class Flattener:
         return placements
 
     def _left_out(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._leave_out)
+        return matches(path, self._leave_out)
 
     def _tree(self, value: Any, path: str, placement: Placement | None = None) -> Json:
         if self._leave_out:
@@ -246,11 +258,11 @@ class Flattener:
         if type(value) is dict or (isinstance(value, dict) and type(value).__name__ == "OrderedDict"):
             kept = {k: self._prune(v, f"{path}.{k}") for k, v in value.items() if not self._left_out(f"{path}.{k}")}
             return type(value)(kept)
-        if type(value) is list:
+        if type(value) in (list, tuple):
             # A hole in a list would move what follows: the place is kept.
-            return [
+            return type(value)(
                 None if self._left_out(f"{path}[{i}]") else self._prune(v, f"{path}[{i}]") for i, v in enumerate(value)
-            ]
+            )
         return value
 
     def _put(self, placement: Placement | None = None) -> Any:
@@ -270,9 +282,9 @@ class Flattener:
         if self._world_size == 1:
             part.placement = Placement.ROOT
         elif part.placement is not Placement.SHARDED:
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self._local):
+            if matches(path, self._local):
                 placement = Placement.LOCAL
-            elif any(fnmatch.fnmatchcase(path, pattern) for pattern in self._replicated):
+            elif matches(path, self._replicated):
                 placement = Placement.REPLICATED
             part.placement = placement or Placement.UNKNOWN
         name = path
@@ -323,8 +335,9 @@ class Flattener:
         shared = {}
         for index, held in state["state"].items():
             if type(index) is int and index < len(labels):
-                placement = placements.get(id(parameters[index]))
-                tree["state"][labels[index]] = self._tree(held, f"{name}.state.{labels[index]}", placement)
+                placement, path = placements.get(id(parameters[index])), f"{name}.state.{labels[index]}"
+                if not self._left_out(path):
+                    tree["state"][labels[index]] = self._tree(held, path, placement)
             else:
                 shared[index] = held
         # Some optimizers keep state of their own beside that of the parameters, under keys of any kind.
@@ -349,15 +362,22 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
     kind = type(tensor)
     if kind.__name__ == "DTensor":
         return _dtensor_part(tensor, path)
-    if kind is not torch.Tensor and not isinstance(tensor, nn.Parameter | getattr(nn, "Buffer", nn.Parameter)):
+    # Not isinstance: that is true of a subclass that was made a parameter.
+    if kind is not torch.Tensor and not issubclass(kind, nn.Parameter):
         raise LastGoodError(
             f"{path}: a tensor of the class {kind.__module__}.{kind.__qualname__} cannot be saved. Nothing was "
             "written. Convert it to a plain tensor, or leave it out with leave_out=[...]."
         )
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise LastGoodError(f"{path}: a sparse or quantized tensor cannot be saved; convert it to a dense one.")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise LastGoodError(
+            f"{path}: a sparse, quantized or nested tensor cannot be saved. Nothing was written. Convert it to a dense "
+            "one, or leave it out with leave_out=[...]."
+        )
     if tensor.device.type == "meta":
-        raise LastGoodError(f"{path} is on the meta device: it has a shape but no values to save or restore into.")
+        raise LastGoodError(
+            f"{path} is on the meta device: it has a shape but no values to save or restore into. "
+            "Give it some (to_empty and an initialisation), or leave it out with leave_out=[...]."
+        )
     plain = tensor.detach()
     return LocalTensor(plain, Placement.UNKNOWN, tuple(tensor.shape), (0,) * tensor.ndim, plain)
 

@@ -5,8 +5,8 @@ Tolerances (golden README, "Tolerances"): tensors 1e-4 absolute; whole sums 1e-5
 
 import pytest
 import torch
-from golden_values import assert_close, fixed_input, read_json
-from reference_case import (
+from s2_golden import assert_close, fixed_input, read_json
+from s2_reference import (
     build_discriminator,
     build_generator,
     published_config,

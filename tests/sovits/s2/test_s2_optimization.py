@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden_values import read_json
-from reference_case import published_config
+from s2_golden import read_json
+from s2_reference import published_config
 
 from lastgood_sovits.s2.config import TrainConfig
 from lastgood_sovits.s2.discriminator import Discriminator

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference_case import published_config
+from s2_reference import published_config
 
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s2.config import Config, DataConfig, ModelConfig, TrainConfig, parse_config, read_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import Prepare, tiny_config
+from s2_tiny import Prepare, tiny_config
 from torch.utils.data import DataLoader
 
 from lastgood_sovits.errors import SovitsError
@@ -50,7 +50,7 @@ def _pickle_with_code(path: Path) -> None:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
             return (print, ("executed",))
 
-    path.write_bytes(pickle.dumps(Evil()))
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
 
 
 def _short(path: Path) -> None:

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from golden_values import read_json
+from s2_golden import read_json
 
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s2.sampler import BOUNDARIES, BucketSampler

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_config
+from s2_tiny import tiny_config
 from torch import Tensor
 
 from lastgood_sovits.errors import SovitsError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from golden_values import assert_close, read_json, read_tensors
+from s2_golden import assert_close, read_json, read_tensors
 
 from lastgood_sovits.audio import mel_filter_bank, mel_from_spectrogram, read_wave, spectrogram
 from lastgood_sovits.errors import SovitsError

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from golden_values import fill_module, fixed_input, read_json, read_tensors
+from s2_golden import fill_module, fixed_input, read_json, read_tensors
 from torch import Tensor
 
 from lastgood_sovits.s2.batch import Batch

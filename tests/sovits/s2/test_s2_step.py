@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_values import read_json
-from reference_case import (
+from s2_golden import read_json
+from s2_reference import (
     build_discriminator,
     build_generator,
     published_config,
