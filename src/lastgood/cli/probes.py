@@ -16,6 +16,7 @@ from lastgood import disk
 from lastgood.cli.filesystem import mount_of, risk_of, synchronised_folder
 from lastgood.cli.i18n import _
 from lastgood.cli.output import size
+from lastgood.errors import LastGoodError
 from lastgood.files import replace_file
 
 _ROUNDS = 20
@@ -52,11 +53,10 @@ def examine(directory: Path, speed_bytes: int) -> Iterator[Finding]:
     place = directory / f".lastgood-doctor-{os.getpid()}-{time.monotonic_ns()}"
     disk.make_dir(place)
     try:
-        for probe in (_exclusive, _replace, _sync, _links, _locks, _held, _cases, _long_names):
+        for name, probe in _PROBES.items():
             try:
                 yield from probe(place)
-            except OSError as error:
-                name = probe.__name__.removeprefix("_")
+            except (OSError, LastGoodError) as error:
                 yield Finding(name, "broken", _("the try of {name} failed: {error}", name=name, error=error))
         yield from _space(place)
         yield from _speed(place, speed_bytes)
@@ -298,3 +298,15 @@ def _speed(place: Path, count: int) -> Iterator[Finding]:
     seconds = time.perf_counter() - began
     text = _("{size} written and synced in {seconds:.2f} s: {speed}/s")
     yield Finding("speed", "ok", text.format(size=size(written), seconds=seconds, speed=size(written / seconds)))
+
+
+_PROBES: dict[str, Callable[[Path], Iterator[Finding]]] = {
+    "exclusive create": _exclusive,
+    "atomic replace": _replace,
+    "sync": _sync,
+    "hard links": _links,
+    "locks": _locks,
+    "new files": _held,
+    "case": _cases,
+    "long paths": _long_names,
+}
