@@ -15,7 +15,7 @@ from torch import nn
 
 import lastgood
 from lastgood import catalog
-from lastgood.shard import DTYPES
+from lastgood.dtypes import DTYPES
 from lastgood.snapshot import Snapshot
 from lastgood.state import Flattener
 from roundtrip import bits, round_trip

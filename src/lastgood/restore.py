@@ -159,7 +159,12 @@ class Restore:
             return {"mismatch": str(error)}
         except DamagedError as error:
             return {"damaged": str(error)}
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except LastGoodError as error:
+            return {"failed": str(error)}
+        except BaseException as error:
+            # torch's CheckpointException is no Exception.
             return {"failed": f"{type(error).__name__}: {error}"}
         return {}
 

@@ -38,6 +38,14 @@ class Keep:
     """Delete the oldest until the run has at most so many bytes, whatever the other rules say; two always stay."""
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("last", self.last),
+            ("best", self.best),
+            ("every", self.every),
+            ("max_bytes", self.max_bytes),
+        ):
+            if type(value) is not int and (value is not None or name in ("last", "best")):
+                raise LastGoodError(f"Keep({name}={value!r}): it is a whole number")
         if self.last < 0 or self.best < 0:
             raise LastGoodError("Keep(last=, best=) count checkpoints: they cannot be negative")
         if self.last == 0 and self.best == 0 and self.every is None:

@@ -145,6 +145,21 @@ class Snapshot:
             if self._failure is not None:
                 raise SaveError(self._failure)
 
+    def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
+        """Whether the state that was copied last is the present one, bit for bit."""
+        try:
+            self.await_bytes(self.layout.size)
+        except SaveError:
+            return False
+        if self._structure(tensors, self.layout.writers) != self._key:
+            return False
+        for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
+            present = torch.empty(target.shape, dtype=target.dtype)
+            present.copy_(_source(tensors[piece.name], piece))
+            if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
+                return False
+        return True
+
     def _copy(self, late: list[_Late]) -> None:
         """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
         try:
@@ -218,10 +233,7 @@ class Snapshot:
             self._events.append(event)
 
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
-        key = (
-            tuple(writers),
-            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
-        )
+        key = self._structure(tensors, writers)
         if key == self._key:
             return
         self._key = None
@@ -238,6 +250,13 @@ class Snapshot:
         self.view = memoryview(array).cast("B")
         self._targets = [self._target(piece) for piece in self.layout.pieces()]
         self._key = key
+
+    @staticmethod
+    def _structure(tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> object:
+        return (
+            tuple(writers),
+            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
+        )
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]

@@ -213,18 +213,34 @@ class Flattener:
             if self._left_out(name):
                 continue
             refuse_unsupported(name, value)
-            kinds[name] = kind = kind_of(value)
-            if kind == "module":
-                trees[name] = self._module(name, value, placements, gradients)
-            elif kind == "optimizer":
-                trees[name] = self._optimizer(name, value, names, placements)
-            elif kind == "generator":
-                trees[name] = values.encode(value.get_state(), name, self._put(Placement.LOCAL))
-            elif kind == "stateful":
-                trees[name] = self._tree(value.state_dict(), name)
-            else:
-                trees[name] = self._tree(value, name)
+            kinds[name] = kind_of(value)
+            try:
+                trees[name] = self._object(name, value, kinds[name], names, placements, gradients)
+            except (LastGoodError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                # torch's CheckpointException is no Exception.
+                raise LastGoodError(
+                    f"{name}: its state could not be taken ({type(error).__name__}: {error}). Nothing was written."
+                ) from error
         return State(self._tensors, trees, kinds)
+
+    def _object(
+        self,
+        name: str,
+        value: Any,
+        kind: str,
+        names: Mapping[int, str],
+        placements: Mapping[int, Placement],
+        gradients: bool,
+    ) -> Json:
+        if kind == "module":
+            return self._module(name, value, placements, gradients)
+        if kind == "optimizer":
+            return self._optimizer(name, value, names, placements)
+        if kind == "generator":
+            return values.encode(value.get_state(), name, self._put(Placement.LOCAL))
+        return self._tree(value.state_dict() if kind == "stateful" else value, name)
 
     def _module_placements(self) -> dict[int, Placement]:
         """By id, the placement of every parameter and buffer under DDP."""

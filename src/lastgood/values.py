@@ -107,7 +107,9 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
         return {"$": "Path", "v": str(value)}
     if kind.__module__ == "numpy":
         return _encode_numpy(value, path, put)
-    hint = "" if not callable(value) else " (functions and classes are not state)"
+    hint = " (functions and classes are not state)" if callable(value) else ""
+    if hasattr(value, "state_dict"):
+        hint = " as a part of another value: register it under a name of its own"
     raise LastGoodError(
         f"{path}: a value of type {kind.__module__}.{kind.__qualname__} cannot be saved{hint}. Nothing was written. "
         "Keep it out of the state, turn it into numbers, strings, lists, dicts or tensors, or pass "
