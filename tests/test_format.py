@@ -35,6 +35,7 @@ def module(name: str) -> ModuleType:
 
 
 make, reader = module("make_format_1"), module("reader")
+make.objects(0)  # What torch imports at the first step is imported before ranks are forked.
 
 
 def forked(action: Any, *arguments: Any) -> None:
