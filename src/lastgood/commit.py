@@ -7,6 +7,7 @@ is the commit: before it there is no checkpoint, after it the checkpoint is whol
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -89,11 +90,15 @@ class Member:
         compare = {piece.name: _described(piece, request.buffer) for piece in request.layout.compare}
         objects = {name: _tree_digest(tree) for name, tree in request.objects.items()}
         self._channel.post(prefix + "holds", {"random": request.random, "compare": compare, "objects": objects})
-        call = self._channel.receive(prefix + "call", time.monotonic() + request.deadline)
+        # A save that fails before it is called is given up without a call.
+        keys = [prefix + "call", prefix + "outcome"]
+        key, call = self._channel.receive_any(keys, time.monotonic() + request.deadline)
+        if key != keys[0]:
+            raise SaveError(call["failed"])
         self.directory, self.attempt = call["name"], call["attempt"]
         report: dict[str, Json] = {"random": request.random}
         try:
-            report.update(self._write(request, call, compare, objects))
+            report.update(self._write(request, call, prefix, compare, objects))
         except Exception as error:
             report["error"] = f"{type(error).__name__}: {error}"
         self._channel.post(prefix + "report", report)
@@ -104,12 +109,13 @@ class Member:
             raise SaveError(outcome["failed"])
         return Committed(self._run / call["name"], outcome["bytes"], tuple(outcome["missing"]))
 
-    def _write(self, request: Request, call: Json, compare: Json, objects: Json) -> Json:
+    def _write(self, request: Request, call: Json, prefix: str, compare: Json, objects: Json) -> Json:
         layout, rank = request.layout, self._world.rank
         if structure(request.tensors) != call["structure"]:
             return {"structure": _describe(request.tensors)}
         directory = self._run / call["name"]
-        _await_directory(directory, request.deadline)
+        given_up = prefix + "outcome"
+        _await_directory(directory, request.deadline, lambda: self._channel.peek(given_up, 0) is not None)
         files = []
         answer: dict[str, Json] = {}
         if list(layout.writers) == call["writers"]:
@@ -190,6 +196,7 @@ class Root:
         outcome = {"bytes": result.bytes, "missing": list(result.missing)}
         self._channel.post(prefix + "outcome", outcome)
         self._prefixes.append(prefix)
+        self.clear()  # Who took part in this save has ended with those before.
         for old in self._prefixes[:-2]:
             self._channel.forget(old)
         del self._prefixes[:-2]
@@ -201,10 +208,14 @@ class Root:
             self._attempts = {step: self._attempts.get(step, 0) + 1}
             try:
                 disk.make_dir(self._run / name)
+                if self._group is not None:
+                    disk.give_to_group(self._run / name, self._group)
             except FileExistsError:
                 continue
-            if self._group is not None:
-                disk.give_to_group(self._run / name, self._group)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    disk.remove_dir(self._run / name)
+                raise
             return name
 
     def _save(self, request: Request, prefix: str, name: str) -> Committed:
@@ -451,10 +462,15 @@ class Root:
         self._litter = left
 
 
-def _await_directory(path: Path, seconds: float) -> None:
-    """A network file system may show a new directory late. Raises FileNotFoundError after `seconds`."""
+def _await_directory(path: Path, seconds: float, given_up: Callable[[], bool]) -> None:
+    """A network file system may show a new directory late.
+
+    Raises FileNotFoundError after `seconds`, or as soon as the save is `given_up` and the directory so deleted.
+    """
     end = time.monotonic() + seconds
     while not disk.exists(path):
+        if given_up():
+            raise FileNotFoundError(f"{path} is deleted: rank 0 gave the save up")
         if time.monotonic() > end:
             raise FileNotFoundError(f"{path}, which rank 0 made, is not visible here: another disk?")
         time.sleep(0.01)
