@@ -216,6 +216,7 @@ class Checkpointer:
             PeerError: a rank did not take part.
         """
         self._check_open()
+        arguments.check_restore_step(step)
         self._finish_save()
         key = f"restore/{self.generation}/{self._restores}"
         self._restores += 1

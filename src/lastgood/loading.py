@@ -72,6 +72,8 @@ class Loading:
     """By module, the state_dict into whose tensors is read."""
     _unfit: set[str] = field(default_factory=set)
     """Tensors of modules that do not fit."""
+    _converted: set[str] = field(default_factory=set)
+    """Tensors of modules that have another type than they were saved with."""
     _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
     """By memory of a module's tensor, its path and the saved tensor that goes there."""
 
@@ -126,22 +128,35 @@ class Loading:
         restored: dict[str, Any] = {}
         taken: set[Any] = set()
         for name, value in self.objects.items():
-            kind = kind_of(value)
-            if kind != self.manifest.kinds.get(name) or matches(name, self.leave_out):
+            if kind_of(value) != self.manifest.kinds.get(name) or matches(name, self.leave_out):
                 continue
-            if kind == "module":
-                self._finish_module(name, value)
-            elif kind == "optimizer":
-                self._finish_optimizer(name, value)
-            elif kind == "generator":
-                value.set_state(self._decode(self._tree(name)))
-            elif kind == "stateful":
-                present = value.state_dict() if self.leave_out else None
-                value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
-            else:
-                saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
-                restored[name] = into_value(value, saved, taken)
+            try:
+                self._finish(name, value, restored, taken)
+            except (LastGoodError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                # torch's CheckpointException is no Exception.
+                raise LastGoodError(
+                    f"{self.entry.path}: {name} did not take its state ({type(error).__name__}: {error}). The objects "
+                    "of this job may be partly overwritten: do not train on with them."
+                ) from error
         return restored
+
+    def _finish(self, name: str, value: Any, restored: dict[str, Any], taken: set[Any]) -> None:
+        """Hand its state to one object."""
+        kind = kind_of(value)
+        if kind == "module":
+            self._finish_module(name, value)
+        elif kind == "optimizer":
+            self._finish_optimizer(name, value)
+        elif kind == "generator":
+            value.set_state(self._decode(self._tree(name)))
+        elif kind == "stateful":
+            present = value.state_dict() if self.leave_out else None
+            value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
+        else:
+            saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
+            restored[name] = into_value(value, saved, taken)
 
     def random(self) -> Json:
         """This rank's saved random state, or None where there is none."""
@@ -227,6 +242,7 @@ class Loading:
         else:
             if DTYPES[record.dtype] != local.tensor.dtype:
                 self.notes.append(f"{path} is {there} in the checkpoint: converted to {here}")
+                self._converted.add(path)
             self._wants.append(_Want(self._resolve(name), local.tensor, local.offsets))
 
     def _prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
@@ -379,7 +395,8 @@ class Loading:
         whole = {"state": {**state, **self._decode(tree["shared"])}, "param_groups": groups}
         optimizer.load_state_dict({**self._decode(tree["extra"]), **whole})
         for index, held in state.items():
-            optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
+            if labels[index] not in self._converted:
+                optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
