@@ -217,7 +217,17 @@ class Checkpointer:
         self._restores += 1
         began = time.monotonic()
         mirror = Path(self._mirror.path) if self._mirror else None
-        restore = Restore(self.run, mirror, self.world, self.channel, self._objects, strict, key, self._saver.report)
+        restore = Restore(
+            self.run,
+            mirror,
+            self.world,
+            self.channel,
+            self._objects,
+            strict,
+            key,
+            self.deadline,
+            self._saver.report,
+        )
         restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
         self._settle(restored, key)
@@ -300,7 +310,9 @@ class Checkpointer:
             return self._same_again(step, fingerprint, blocking)
         self.channel.post(f"here/{self.generation}", step)
         handle = SaveHandle(step)
-        if self._busy == "skip" and not blocking and not self._saver.buffer_free.is_set():
+        tries = self._tries.get(step, 0)
+        if self._busy == "skip" and not blocking and self._saver.skips(step, tries, self.deadline):
+            self._tries = {step: tries + 1}
             handle._decide("skipped", None, None)
             _log.info("step %d is not saved: the save before it is still being written", step)
             return handle
@@ -309,7 +321,7 @@ class Checkpointer:
         self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
         request = commit.Request(
             step=step,
-            tries=self._tries.get(step, 0),
+            tries=tries,
             objects=state.objects,
             kinds=state.kinds,
             random=random_state.capture(),
@@ -322,7 +334,7 @@ class Checkpointer:
             buffer=self._snapshot,
             deadline=self.deadline,
         )
-        self._tries = {step: self._tries.get(step, 0) + 1}
+        self._tries = {step: tries + 1}
         self._last_step, self._fingerprint, self._handle = step, fingerprint, handle
         self._saver.buffer_free.clear()
         handle.stall = time.monotonic() - began

@@ -81,7 +81,7 @@ class Meeting:
         self.decision = Decision(found["step"], found["reason"])
 
     def due(self, step: int) -> Decision | None:
-        """The decision, when its step has come; it is given out once. One that comes too late only counts for a stop."""
+        """The decision, when its step has come; given out once. One that comes too late only counts for a stop."""
         found = self.decision
         if found is None or found.step > step:
             return None
