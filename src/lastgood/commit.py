@@ -147,7 +147,7 @@ class Member:
         directory = self._run / call["name"]
         files = []
         answer: dict[str, Json] = {}
-        if list(layout.writers) == call["writers"] and rank in layout.writers:
+        if list(layout.writers) == call["writers"] and layout.share:
             try:
                 _await_directory(directory, request.deadline / 2)
                 answer["share"] = _write_file(directory / f"{rank:05d}.safetensors", layout.share, request.buffer)
@@ -181,6 +181,7 @@ class Root:
         """What each rank alone had, by its last report."""
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
         """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
+        self._saves = 0
         self._attempts: dict[int, int] = {}
         self._prefixes: list[str] = []
         self.hurried = False
@@ -189,7 +190,11 @@ class Root:
     @property
     def writers(self) -> tuple[int, ...]:
         """The ranks that share the writing of the next save."""
-        return tuple(writer for writer in self._all_writers if writer not in self._left_out) or (0,)
+        able = [writer for writer in self._all_writers if writer not in self._left_out] or [0]
+        # A share is compared with rank 0's copy when it is written. They go round, so that after as many saves as
+        # there are writers every replica was compared as a whole.
+        turn = self._saves % len(able)
+        return tuple(able[turn:] + able[:turn])
 
     def save(self, request: Request, make_room: Callable[[int], None]) -> Committed:
         """Save and commit. Runs in the background.
@@ -291,6 +296,8 @@ class Root:
         held = {rank: self._channel.peek(prefix + "holds", rank) for rank in missing}
         self._judge(request, call, reports, {rank: held[rank] or {} for rank in missing})
         for writer, expected in expected_shares.items():
+            if not expected:
+                continue
             share = self._accept(directory, writer, reports.get(writer), expected, layout.writers)
             if share is None:
                 pieces = layout.others[writer]
@@ -305,7 +312,7 @@ class Root:
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
-        self._widen()
+        self._go_round()
         return Committed(directory, manifest.tensor_bytes, missing)
 
     def _expected(self, step: int) -> list[int]:
@@ -403,17 +410,20 @@ class Root:
             return None
         return share
 
-    def _widen(self) -> None:
-        """Try left-out writers again after a while."""
+    def _go_round(self) -> None:
+        """After a commit: shares change hands, and left-out writers are tried again after a while."""
         before = self.writers
-        self._left_out = {writer: saves - 1 for writer, saves in self._left_out.items() if saves > 1}
+        left = {writer: saves - 1 for writer, saves in self._left_out.items() if saves > 1}
+        if len(left) != len(self._left_out):
+            _log.info("the writing is shared among ranks %s again", [w for w in self._all_writers if w not in left])
+        self._left_out = left
+        self._saves += 1
         if self.writers != before:
+            # Posted before the outcome: no rank begins the next save without it.
             self._channel.post("writers", list(self.writers))
-            _log.info("the writing is shared among ranks %s again", list(self.writers))
 
     def _leave_out(self, writer: int, why: str) -> None:
         self._left_out[writer] = _RETRY_WIDTH
-        self._channel.post("writers", list(self.writers))
         _log.warning(
             "rank %d could not write its share (%s): rank 0 wrote it, and the next %d saves do without that writer",
             writer,
