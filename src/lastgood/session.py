@@ -82,6 +82,7 @@ class Session:
                 "rank must make one, at the same point of the program."
             )
         self.channel.post("start", {"problem": problem, "generation": self.generation})
+        self.channel.admit_no_more()
         if problem:
             raise PeerError(problem)
 

@@ -25,6 +25,8 @@ from lastgood.steady import OVERLAP_BYTES
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
 _SAMPLES = 4
+_PLANS = 16
+# Layouts that are remembered.
 
 
 @dataclass(slots=True)
@@ -43,12 +45,14 @@ class _Late:
 class Snapshot:
     """The host buffer of one rank, the layout by which it is filled, and the filling.
 
-    The layout and the typed views into the buffer are made once and used again as long as the structure of the state
-    is the same: a save of many small tensors then costs one copy each and nothing else.
+    A layout and its typed views into the buffer are made once for every division of the writing, and used again as
+    long as the structure of the state is the same: a save of many small tensors then costs one copy each and nothing
+    else.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._plans: dict[object, tuple[Layout, list[torch.Tensor]]] = {}
         self._key: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
@@ -129,6 +133,7 @@ class Snapshot:
     def close(self) -> None:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
+        self._plans.clear()
         self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
         self._targets, self._events, self._filled = [], [], 0
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -234,22 +239,31 @@ class Snapshot:
 
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
         key = self._structure(tensors, writers)
-        if key == self._key:
+        if key in self._plans:
+            self.layout, self._targets = self._plans[key]
+            self._set_view()
+            self._key = key
             return
-        self._key = None
         self.layout = lay_out(tensors, self._rank, writers)
-        self._filled = self.layout.size
         if self.layout.size > self.size - PAGE or self.size > 2 * self.layout.size + (1 << 20):
             # The old buffer goes first: two at once would be twice the memory that is promised.
             self._targets, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
+            self._plans.clear()
             pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
             self._storage = torch.empty(self.layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+        self._set_view()
+        self._targets = [self._target(piece) for piece in self.layout.pieces()]
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        self._plans[key] = self.layout, self._targets
+        self._key = key
+
+    def _set_view(self) -> None:
+        self._filled = self.layout.size
         start = -self._storage.data_ptr() % PAGE
         self._buffer = self._storage[start : start + self.layout.size]
         array = (ctypes.c_char * self.layout.size).from_address(self._buffer.data_ptr())
         self.view = memoryview(array).cast("B")
-        self._targets = [self._target(piece) for piece in self.layout.pieces()]
-        self._key = key
 
     @staticmethod
     def _structure(tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> object:
