@@ -169,7 +169,9 @@ def test_groups_keep_their_own_options(tmp_path: Path) -> None:
     def groups() -> Objects:
         model = net()
         parameters = list(model.parameters())
-        opt = torch.optim.AdamW([{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "betas": (0.5, 0.6)}])
+        opt = torch.optim.AdamW(
+            [{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "betas": (0.5, 0.6)}]
+        )
         return {"model": model, "opt": opt}
 
     def step(objects: Objects) -> torch.Tensor:

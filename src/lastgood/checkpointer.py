@@ -20,7 +20,6 @@ from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
 from lastgood.mirror import Mirror
-from lastgood.plan import structure
 from lastgood.restore import Restore, Restored
 from lastgood.retain import Keep
 from lastgood.saver import Saver
@@ -484,8 +483,7 @@ class Checkpointer:
 
 def _fingerprint(step: int, state: State) -> object:
     """What shows whether a state has changed since: a sign, not a proof."""
-    versions = tuple((name, t.tensor.data_ptr(), t.tensor._version) for name, t in state.tensors.items())
-    return step, versions, structure(state.tensors)
+    return step, [*state.tensors], [(t.tensor.data_ptr(), t.tensor._version) for t in state.tensors.values()]
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece
-from lastgood.state import LocalTensor
+from lastgood.state import LocalTensor, Placement
 from lastgood.steady import OVERLAP_BYTES
 
 _STRIDE = 16 << 20
@@ -52,7 +52,7 @@ class Snapshot:
         self._key: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
-        self._targets: list[torch.Tensor] = []
+        self._parts: list[tuple[Piece, torch.Tensor, int]] = []
         self.layout = Layout(rank, [], [], [], {}, 0, ())
         self.view = memoryview(b"")
         """The bytes of the buffer."""
@@ -88,26 +88,35 @@ class Snapshot:
         self._failure = None
         late: list[_Late] = []
         with torch.no_grad():
-            now: list[tuple[torch.Tensor, torch.Tensor]] = []
+            queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+            now: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
             queued: list[tuple[str, torch.Tensor, int]] = []
-            for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
-                source = _source(tensors[piece.name], piece)
+            for piece, target, size in self._parts:
+                source = tensors[piece.name].tensor
+                if source.shape != target.shape:
+                    # A share of a replicated tensor: rows of it.
+                    source = source.narrow(0, piece.offsets[0], piece.shape[0])
                 if source.is_cuda:
-                    now.append((target, source))
+                    queue.append((target, source))
                     if self.overlap and source.untyped_storage().data_ptr() in steady:
                         queued.append((piece.name, source, source._version))
+                elif not source.is_cpu:
+                    target.copy_(source)
                 elif (
-                    self.overlap
-                    and piece.size >= OVERLAP_BYTES
+                    size >= OVERLAP_BYTES
+                    and self.overlap
                     and source.untyped_storage().data_ptr() in steady
                     and source.is_contiguous()
-                    and source.device.type == "cpu"
                 ):
+                    source = source.detach()  # It keeps this memory alive whatever becomes of the tensor.
                     late.append(_Late(piece, source, source._version, _sample(source)))
                 else:
-                    target.copy_(source)
-            if now:
-                self._queue(now, steady)
+                    now[0].append(target)
+                    now[1].append(source)
+            if now[0]:
+                torch._foreach_copy_(*now)  # One call for all: many small ones cost more than the bytes do.
+            if queue:
+                self._queue(queue, steady)
                 self._queued = queued
         with self._news:
             self._filled = late[0].piece.at if late else self.layout.size
@@ -130,7 +139,7 @@ class Snapshot:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
         self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
-        self._targets, self._events, self._filled = [], [], 0
+        self._parts, self._events, self._filled = [], [], 0
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
         self.view = memoryview(b"")
 
@@ -220,7 +229,12 @@ class Snapshot:
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
         key = (
             tuple(writers),
-            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
+            [
+                (name, t.tensor.dtype, t.shape, t.placement)
+                if t.placement is not Placement.SHARDED
+                else (name, t.tensor.dtype, t.shape, t.tensor.shape, t.offsets, t.writes)
+                for name, t in tensors.items()
+            ],
         )
         if key == self._key:
             return
@@ -229,27 +243,19 @@ class Snapshot:
         self._filled = self.layout.size
         if self.layout.size > self.size - PAGE or self.size > 2 * self.layout.size + (1 << 20):
             # The old buffer goes first: two at once would be twice the memory that is promised.
-            self._targets, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
+            self._parts, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
             pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
             self._storage = torch.empty(self.layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
         start = -self._storage.data_ptr() % PAGE
         self._buffer = self._storage[start : start + self.layout.size]
         array = (ctypes.c_char * self.layout.size).from_address(self._buffer.data_ptr())
         self.view = memoryview(array).cast("B")
-        self._targets = [self._target(piece) for piece in self.layout.pieces()]
+        self._parts = [(piece, self._target(piece), piece.size) for piece in self.layout.pieces()]
         self._key = key
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
         return raw.view(DTYPES[piece.dtype]).view(piece.shape)
-
-
-def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
-    part = tensor.tensor
-    if tuple(part.shape) == piece.shape:
-        return part
-    # A share of a replicated tensor: rows of it.
-    return part.narrow(0, piece.offsets[0], piece.shape[0])
 
 
 def _sample(tensor: torch.Tensor) -> bytes:

@@ -170,7 +170,8 @@ class Flattener:
         self._world_size = world_size
         self._replicated, self._local, self._leave_out = replicated, local, leave_out
         self._tensors: dict[str, LocalTensor] = {}
-        self._seen: dict[tuple[Any, ...], str] = {}
+        self._seen: dict[int, list[str]] = {}
+        """By address, the tensors that begin there."""
 
     def flatten(self, *, gradients: bool = False) -> State:
         """The state of this moment. Values are copied into the tree; tensors are referred to, not copied."""
@@ -243,9 +244,11 @@ class Flattener:
         """Take a tensor into the state; returns the name under which it is saved, an earlier one where it is tied."""
         part = local_part(tensor, path)
         local = part.tensor
-        key = (local.device, local.data_ptr(), local.dtype, tuple(local.shape), local.stride(), part.shape)
-        if local.numel() and key in self._seen:
-            return self._seen[key]
+        address = local.data_ptr()  # 0 for an empty tensor, which shares nothing.
+        tied = self._seen.get(address, ()) if address else ()
+        for other in tied:
+            if _is_same(self._tensors[other], part):
+                return other
         dtype_name(local.dtype, path)
         if self._world_size == 1:
             part.placement = Placement.ROOT
@@ -259,7 +262,8 @@ class Flattener:
         while name in self._tensors:
             name += "+"
         self._tensors[name] = part
-        self._seen[key] = name
+        if address:
+            self._seen[address] = [*tied, name]
         return name
 
     def _module(self, name: str, value: nn.Module, placements: Mapping[int, Placement], gradients: bool) -> Json:
@@ -277,9 +281,10 @@ class Flattener:
                 by_key[key] = placements[id(tensor)]
         tree: dict[str, Json] = {}
         for key, tensor in module.state_dict().items():
-            path = f"{name}.{clean(key, renames)}"
-            if not self._left_out(path):
-                tree[clean(key, renames)] = values.encode(tensor, path, self._put(by_key.get(key)))
+            short = clean(key, renames) if renames else key
+            path = f"{name}.{short}"
+            if not (self._leave_out and self._left_out(path)):
+                tree[short] = values.encode(tensor, path, self._put(by_key.get(key)))
         if not gradients:
             return {"state": tree}
         found = {}
@@ -328,8 +333,15 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
         raise LastGoodError(f"{path}: a sparse or quantized tensor cannot be saved; convert it to a dense one.")
     if tensor.device.type == "meta":
         raise LastGoodError(f"{path} is on the meta device: it has a shape but no values to save or restore into.")
-    plain = tensor.detach()
-    return LocalTensor(plain, Placement.UNKNOWN, tuple(tensor.shape), (0,) * tensor.ndim, plain)
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    shape = tuple(tensor.shape)
+    return LocalTensor(plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain)
+
+
+def _is_same(one: LocalTensor, two: LocalTensor) -> bool:
+    """Whether two tensors that begin at the same place are all the same memory, read in the same way."""
+    a, b = one.tensor, two.tensor
+    return (a.device, a.dtype, a.shape, a.stride(), one.shape) == (b.device, b.dtype, b.shape, b.stride(), two.shape)
 
 
 def _dtensor_part(tensor: Any, path: str) -> LocalTensor:

@@ -74,7 +74,5 @@ class Steady:
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {
-        t.untyped_storage().data_ptr()
-        for t in tensors
-        if t.nbytes >= OVERLAP_BYTES and type(t).__name__ != "DTensor"
+        t.untyped_storage().data_ptr() for t in tensors if t.nbytes >= OVERLAP_BYTES and type(t).__name__ != "DTensor"
     }
