@@ -8,7 +8,6 @@ is the commit: before it there is no checkpoint, after it the checkpoint is whol
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
 import time
@@ -20,7 +19,7 @@ from lastgood import catalog, disk
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.generation import Holder
-from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
+from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check, checksum, compact
 from lastgood.plan import Layout, structure
 from lastgood.shard import Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
@@ -497,12 +496,11 @@ class Root:
         )
 
     def _commit(self, directory: Path, manifest: Manifest) -> None:
-        data = manifest.to_bytes()
         # What we could not read back ourselves is not committed: a hole left by a lost rank shows here.
-        parse(data, str(directory / NAME))
+        check(manifest, str(directory / NAME))
         temporary = directory / (NAME + ".tmp")
         with disk.NewFile(temporary) as file:
-            file.write(data)
+            file.write(manifest.to_bytes())
             file.sync()
         # The names of the shards and of the directory itself must be on the disk before the commit is.
         disk.sync_dir(directory)
@@ -580,7 +578,7 @@ def _different(mine: Json, theirs: Json) -> list[str]:
 
 
 def _tree_digest(tree: Json) -> str:
-    return checksum(json.dumps(tree, separators=(",", ":")).encode())
+    return checksum(compact(tree).encode())
 
 
 def _describe(tensors: dict[str, LocalTensor]) -> dict[str, str]:

@@ -7,9 +7,10 @@ where training uses them.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -40,6 +41,8 @@ from lastgood.values import Json, tensor_names
 from lastgood.world import World
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
+_SMALL_BYTES = 256 << 10
+# Smaller tensors that lie close together are read together.
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,8 +307,9 @@ class Loading:
             ]
             # From the front of each file to its end, as disks like it.
             jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
+            batches = _batches(jobs)
             with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
-                for _ in pool.map(lambda job: self._read_chunk(files[job[1].shard], *job), jobs):
+                for _ in pool.map(lambda batch: self._read_batch(files[batch[0][1].shard], batch), batches):
                     continue
         except OSError as error:
             raise DamagedError(f"{self.entry.path} cannot be read: {error}") from error
@@ -313,7 +317,23 @@ class Loading:
             for file in files:
                 file.close()
 
-    def _read_chunk(self, file: BinaryIO, want: _Want, chunk: Chunk) -> None:
+    def _read_batch(self, file: BinaryIO, batch: Sequence[tuple[_Want, Chunk]]) -> None:
+        if len(batch) == 1:
+            return self._read_chunk(functools.partial(disk.read_into, file), *batch[0])
+        start = batch[0][1].begin
+        block = memoryview(bytearray(max(chunk.end for _, chunk in batch) - start))
+        block = block[: disk.read_into(file, start, block)]
+
+        def from_block(offset: int, view: memoryview) -> int:
+            part = block[offset - start : offset - start + len(view)]
+            view[: len(part)] = part
+            return len(part)
+
+        for want, chunk in batch:
+            self._read_chunk(from_block, want, chunk)
+        return None
+
+    def _read_chunk(self, read: Callable[[int, memoryview], int], want: _Want, chunk: Chunk) -> None:
         box = _overlap(chunk, want)
         assert box is not None
         target = want.target
@@ -326,11 +346,11 @@ class Loading:
         direct = complete and target.device.type == "cpu" and target.is_contiguous()
         if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
             view = bytes_of(target)
-            shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+            shard.check_chunk(path, want.name, chunk, view, read(chunk.begin, view))
             return
         whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
         view = bytes_of(whole)
-        shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+        shard.check_chunk(path, want.name, chunk, view, read(chunk.begin, view))
         part = whole
         for dimension, (begin, end) in enumerate(box):
             part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
@@ -405,6 +425,23 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if size == 0:
         return memoryview(bytearray())
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _batches(jobs: Sequence[tuple[_Want, Chunk]]) -> list[list[tuple[_Want, Chunk]]]:
+    """Small neighbours are read together: a system call and a task each would cost more than their bytes."""
+    batches: list[list[tuple[_Want, Chunk]]] = []
+    size = 0
+    for want, chunk in jobs:
+        length = chunk.end - chunk.begin
+        last = batches[-1][-1][1] if batches else None
+        near = last is not None and last.shard == chunk.shard and last.end <= chunk.begin <= last.end + _SMALL_BYTES
+        if near and length < _SMALL_BYTES and size + length < 16 * _SMALL_BYTES:
+            batches[-1].append((want, chunk))
+            size += length
+        else:
+            batches.append([(want, chunk)])
+            size = length
+    return batches
 
 
 def _overlap(chunk: Chunk, want: _Want) -> list[tuple[int, int]] | None:

@@ -186,6 +186,7 @@ class Saver:
         try:
             entry = catalog.entry_of(self._run, done.path.name)
             assert entry is not None
+            self.retention.learn(entry, request.metrics, done.bytes)
             deleted = self.retention.apply(entry)
         except ReplacedError as error:
             _log.error("%s", error)
