@@ -1,0 +1,1 @@
+"""Stage 2 (SoVITS): from semantic codes, phonemes and a reference voice to a waveform."""

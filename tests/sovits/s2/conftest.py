@@ -1,0 +1,67 @@
+"""A tiny experiment folder, as upstream's preparation writes it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from lastgood_sovits.s2.config import Config, parse_config
+
+Prepare = Callable[..., Path]
+
+
+def tiny_config(version: str = "v2", **changes: dict[str, object]) -> Config:
+    """Models of a few thousand parameters that train in milliseconds."""
+    values: dict[str, dict[str, object]] = {
+        "data": {"sampling_rate": 32000, "n_mel_channels": 16},
+        "model": {
+            "version": version,
+            "inter_channels": 8,
+            "hidden_channels": 8,
+            "filter_channels": 16,
+            "n_layers": 2,
+            "upsample_initial_channel": 32,
+            "resblock_kernel_sizes": [3],
+            "resblock_dilation_sizes": [[1, 3]],
+            "gin_channels": 16,
+            "ssl_channels": 12,
+            "codebook_size": 16,
+            "mrte_channels": 16,
+            "style_channels": 8,
+            "posterior_layers": 2,
+            "flow_couplings": 2,
+            "flow_layers": 1,
+            "sv_channels": 20,
+            "discriminator_channels": 64,
+            "discriminator_periods": [2, 3],
+        },
+        "train": {"segment_size": 3200, "batch_size": 2, "fp16_run": False},
+    }
+    for section, entries in changes.items():
+        values[section] |= entries
+    return parse_config(values)
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Prepare:
+    """Makes an experiment folder of clips that are 0.8, 0.9, ... s long."""
+
+    def make(names: tuple[str, ...] = ("b.wav", "a.wav", "c.wav"), *, ssl_channels: int = 12, sv: int = 20) -> Path:
+        for part in ("4-cnhubert", "5-wav32k", "7-sv_cn"):
+            (tmp_path / part).mkdir(exist_ok=True)
+        generator = torch.Generator().manual_seed(0)
+        lines = []
+        for index, name in enumerate(names):
+            samples = 25600 + 3200 * index
+            wave = torch.randn(samples, generator=generator) * 0.1
+            soundfile.write(tmp_path / "5-wav32k" / name, wave.numpy(), 32000, subtype="PCM_16", format="WAV")
+            frames = (samples // 2 - 400) // 320 + 1
+            torch.save(torch.randn(1, ssl_channels, frames, generator=generator), tmp_path / f"4-cnhubert/{name}.pt")
+            torch.save(torch.randn(1, sv, generator=generator), tmp_path / f"7-sv_cn/{name}.pt")
+            lines.append(f"{name}\tHH AH0 L OW1 .\tNone\thello.\n")
+        (tmp_path / "2-name2text.txt").write_text("".join(lines), encoding="utf-8")
+        return tmp_path
+
+    return make
