@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 from torch.utils.data import DataLoader
 
 import lastgood
@@ -31,7 +30,7 @@ from lastgood_sovits.text import symbol_ids
 from lastgood_sovits.train.initial import check_given, find_checkpoint, load_optimizer, load_pretrained, load_tensors
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare
-from lastgood_sovits.train.trainer import Trainer, replace
+from lastgood_sovits.train.trainer import Trainer, replace, switch_off_dropout
 from lastgood_sovits.weights_format import s1_name
 from lastgood_sovits.weights_write import write_s1_weights
 
@@ -90,9 +89,7 @@ class Stage1(Trainer):
         torch.manual_seed(config.train.seed)
         model = Text2Semantic(config.model, upstream_compat=options.upstream_compat)
         if not options.dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            switch_off_dropout(model)
         self.model = ranks.wrap(model)
         self.optimizer = make_optimizer(model)
         self.schedule = LockedRate(self.optimizer)

@@ -28,7 +28,7 @@ from lastgood_sovits.train.initial import check_given, find_pair, load_optimizer
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare, seed_step
 from lastgood_sovits.train.report import Report
-from lastgood_sovits.train.trainer import Trainer, replace
+from lastgood_sovits.train.trainer import Trainer, replace, switch_off_dropout
 from lastgood_sovits.weights_format import Version, s2_name
 from lastgood_sovits.weights_write import write_s2_weights
 
@@ -89,9 +89,7 @@ class Stage2(Trainer):
         generator = Synthesizer(model, config.data.spec_channels, config.segment_frames)
         discriminator = Discriminator(model.periods, model.discriminator_channels)
         if not options.dropout:
-            for module in generator.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+            switch_off_dropout(generator)
         self.generator, self.discriminator = ranks.wrap(generator.train()), ranks.wrap(discriminator.train())
         self.optimizer_g, self.optimizer_d = build_optimizers(generator, self.discriminator, train)
         amp = self._amp(options, train.fp16_run)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import lastgood
 from lastgood.files import replace_file
 from lastgood_sovits.errors import SovitsError
@@ -256,6 +258,15 @@ class Trainer(ABC):
         if self.written is not None:
             print(f"Weights: {self.written}", flush=True)
         return 1 if self.unwritten else 0
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Makes every dropout in `model` do nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "p_dropout"):
+            module.p_dropout = 0.0
 
 
 def replace(path: Path, write: Any) -> None:
