@@ -8,7 +8,7 @@ follows the branch that it is on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,14 +75,19 @@ def lineage(start: Entry, known: Sequence[Entry], mirror: Path | None = None) ->
     """
     yield start
     places = [start.run] + ([mirror] if mirror is not None else [])
+    by_generation: dict[int, list[Entry]] = {}
+    by_name: dict[str, Entry] = {}
+    for entry in known:
+        by_generation.setdefault(entry.generation, []).append(entry)
+        by_name.setdefault(entry.name, entry)
     number, step = start.generation, start.step
     visited = {number}
     while True:
-        earlier = [e for e in known if e.generation == number and e.step < step]
-        if earlier:
-            yield earlier[-1]
-            step = earlier[-1].step
-            continue
+        for entry in reversed(by_generation.get(number, [])):
+            # Of a step with several attempts, the last one.
+            if entry.step < step:
+                yield entry
+                step = entry.step
         base = next((note for run in places if (note := generation.base(run, number)) is not None), None)
         parent = None if base is None else entry_of(start.run, base)
         if base == "" or (parent is not None and parent.generation in visited):
@@ -95,9 +100,8 @@ def lineage(start: Entry, known: Sequence[Entry], mirror: Path | None = None) ->
             parent = before[-1]
         number, step = parent.generation, parent.step
         visited.add(number)
-        match = [e for e in known if e.name == parent.name]
-        if match:
-            yield match[0]
+        if parent.name in by_name:
+            yield by_name[parent.name]
 
 
 def read_manifest(entry: Entry) -> Manifest:
@@ -135,14 +139,45 @@ def check_full(entry: Entry) -> Manifest:
     return manifest
 
 
-def check_shards(entry: Entry, manifest: Manifest) -> None:
-    """Read every byte of every shard from the disk and check it. Raises DamagedError."""
+def chunks_by_shard(manifest: Manifest) -> list[list[tuple[str, Chunk]]]:
+    """For every shard, the names of the tensors in it and where they lie."""
     chunks: list[list[tuple[str, Chunk]]] = [[] for _ in manifest.shards]
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             chunks[chunk.shard].append((name, chunk))
+    return chunks
+
+
+def check_shards(entry: Entry, manifest: Manifest, advance: Callable[[int], None] | None = None) -> None:
+    """Read every byte of every shard from the disk and check it. Raises DamagedError.
+
+    Args:
+        advance: is told of the bytes that were checked since it was told last, to show progress.
+    """
+    chunks = chunks_by_shard(manifest)
     for record, parts in zip(manifest.shards, chunks, strict=True):
-        shard.check_full(entry.path / record.file, record, parts)
+        shard.check_full(entry.path / record.file, record, parts, advance)
+
+
+def damage(entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[int], None] | None = None) -> list[str]:
+    """A sentence for everything that is damaged, not only for the first; empty where the checkpoint is whole.
+
+    Args:
+        full: read every byte, not only the sizes.
+        advance: as in :func:`check_shards`.
+    """
+    chunks = chunks_by_shard(manifest)
+    found = []
+    for record, parts in zip(manifest.shards, chunks, strict=True):
+        path = entry.path / record.file
+        try:
+            if full:
+                found += shard.damage(path, record, parts, advance)
+            else:
+                shard.check_size(path, record)
+        except DamagedError as error:
+            found.append(str(error))
+    return found
 
 
 def delete(entry: Entry) -> None:

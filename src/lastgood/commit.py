@@ -21,7 +21,7 @@ from lastgood.errors import LastGoodError, SaveError
 from lastgood.generation import Holder
 from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
 from lastgood.plan import Layout, structure
-from lastgood.shard import Piece
+from lastgood.shard import Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
 from lastgood.state import LocalTensor, Placement
 from lastgood.values import Json
@@ -51,7 +51,7 @@ class Request:
     tensors: dict[str, LocalTensor]
     """Only their names, placements and shapes are read: the values have gone on."""
     layout: Layout
-    buffer: memoryview
+    buffer: Buffer
     deadline: float
     """Seconds."""
 
@@ -64,7 +64,7 @@ class Committed:
     bytes: int
     """Of the whole checkpoint, over all ranks."""
     missing: tuple[int, ...] = ()
-    """Ranks that took no part: their replicated bytes are rank 0's, their random state is not in the checkpoint."""
+    """Ranks that did not write their part: rank 0 did. Of one that never called save there is no random state."""
 
 
 class Member:
@@ -85,11 +85,15 @@ class Member:
         """
         prefix = f"save/{generation}/{request.step}/{request.tries}/"
         self.directory = self.attempt = ""
+        # First of all what rank 0 needs in order to complete the save should this rank die in it.
+        compare = {piece.name: _described(piece, request.buffer) for piece in request.layout.compare}
+        objects = {name: _tree_digest(tree) for name, tree in request.objects.items()}
+        self._channel.post(prefix + "holds", {"random": request.random, "compare": compare, "objects": objects})
         call = self._channel.receive(prefix + "call", time.monotonic() + request.deadline)
         self.directory, self.attempt = call["name"], call["attempt"]
         report: dict[str, Json] = {"random": request.random}
         try:
-            report.update(self._write(request, call))
+            report.update(self._write(request, call, compare, objects))
         except Exception as error:
             report["error"] = f"{type(error).__name__}: {error}"
         self._channel.post(prefix + "report", report)
@@ -100,7 +104,7 @@ class Member:
             raise SaveError(outcome["failed"])
         return Committed(self._run / call["name"], outcome["bytes"], tuple(outcome["missing"]))
 
-    def _write(self, request: Request, call: Json) -> Json:
+    def _write(self, request: Request, call: Json, compare: Json, objects: Json) -> Json:
         layout, rank = request.layout, self._world.rank
         if structure(request.tensors) != call["structure"]:
             return {"structure": _describe(request.tensors)}
@@ -113,20 +117,15 @@ class Member:
                 answer["share"] = _write_file(directory / f"{rank:05d}.safetensors", layout.share, request.buffer)
             except OSError as error:
                 answer["refused"] = str(error)
-        theirs = call["compare"]
-        differing = [
-            piece
-            for piece in layout.compare
-            if theirs.get(piece.name) != _digest(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
-        ]
+        different = _different(compare, call["compare"])
+        differing = [piece for piece in layout.compare if piece.name in different]
         own = [*layout.own, *differing]
         if own:
             files.append(_write_file(directory / f"{rank:05d}-own.safetensors", own, request.buffer))
+        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
         answer["own"] = files
         answer["local"] = {piece.name: piece.label for piece in own if piece.label != piece.name}
-        answer["objects"] = {
-            name: tree for name, tree in request.objects.items() if call["objects"].get(name) != _tree_digest(tree)
-        }
+        answer["objects"] = {name: request.objects[name] for name in _different(objects, call["objects"])}
         return answer
 
 
@@ -144,7 +143,7 @@ class Root:
         """Ranks that did not come to a save although they live."""
         self._reported: dict[int, Json] = {}
         """What each rank alone had, by its last report."""
-        self._litter: list[tuple[Path, str, set[int]]] = []
+        self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
         """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
         self._attempts: dict[int, int] = {}
         self._prefixes: list[str] = []
@@ -179,7 +178,9 @@ class Root:
             reason = str(error) if isinstance(error, LastGoodError) else f"{type(error).__name__}: {error}"
             self._channel.post(prefix + "outcome", {"failed": reason})
             if name is not None:
-                self._litter.append((self._run / name, prefix, self._channel.connected))
+                entry = catalog.entry_of(self._run, name)
+                assert entry is not None
+                self._litter.append((entry, prefix, self._channel.connected))
                 self.clear()
             if isinstance(error, LastGoodError):
                 raise
@@ -216,7 +217,7 @@ class Root:
             "writers": list(layout.writers),
             "structure": structure(request.tensors),
             "compare": {
-                piece.name: _digest(piece, request.buffer) + f" {piece.dtype} {list(piece.shape)}"
+                piece.name: _described(piece, request.buffer)
                 for piece in (layout.compare if self._world.size > 1 else ())
             },
             "objects": {name: _tree_digest(tree) for name, tree in request.objects.items()}
@@ -227,7 +228,7 @@ class Root:
         until = time.monotonic() + request.deadline
         files = [_write_file(directory / "00000.safetensors", layout.share, request.buffer)]
         expected_shares = {
-            writer: [[p.label, list(p.offsets), list(p.shape), _digest(p, request.buffer)] for p in pieces]
+            writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
             for writer, pieces in layout.others.items()
         }
         here = f"here/{self._holder.number}"
@@ -241,7 +242,8 @@ class Root:
             if (late := self._channel.peek(prefix + "report", rank)) is not None:
                 reports[rank] = late
         missing = tuple(rank for rank in range(1, self._world.size) if rank not in reports)
-        self._judge(request, reports, missing)
+        held = {rank: self._channel.peek(prefix + "holds", rank) for rank in missing}
+        self._judge(request, call, reports, {rank: held[rank] or {} for rank in missing})
         for writer, expected in expected_shares.items():
             share = self._accept(directory, writer, reports.get(writer), expected, layout.writers)
             if share is None:
@@ -252,7 +254,8 @@ class Root:
             for file in report["own"]:
                 self._see(directory, rank, file)
                 files.append(file)
-        manifest = self._manifest(request, attempt, reports, files)
+        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
+        manifest = self._manifest(request, attempt, reports, held, files)
         self._commit(directory, manifest)
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
@@ -266,8 +269,12 @@ class Root:
         self._absent = {rank for rank in self._absent if (self._channel.peek(here, rank) or -1) < step}
         return [rank for rank in range(1, self._world.size) if rank not in self._absent]
 
-    def _judge(self, request: Request, reports: dict[int, Json], missing: tuple[int, ...]) -> None:
-        """Raise SaveError where bytes are lost; otherwise say who did not come, once."""
+    def _judge(self, request: Request, call: Json, reports: dict[int, Json], missing: dict[int, Json]) -> None:
+        """Raise SaveError where bytes are lost; otherwise say who did not come, once.
+
+        Args:
+            missing: what the ranks that did not report had said that they hold.
+        """
         for rank, report in reports.items():
             if "structure" in report:
                 raise SaveError(
@@ -279,12 +286,13 @@ class Root:
                     f"step {request.step} was not saved: rank {rank} could not write what only it has: "
                     f"{report['error']}. The checkpoints before it are untouched."
                 )
-        for rank in missing:
+        for rank, held in missing.items():
             why = self._channel.why_gone(rank)
             fate = f"is gone ({why})" if why else f"did not come within {request.deadline:.0f} s"
             alone = [n for n, t in request.tensors.items() if t.placement in (Placement.LOCAL, Placement.SHARDED)]
             before = self._reported.get(rank, {})
             alone += [*before.get("local", ()), *before.get("objects", ())]
+            alone += [name for what in held if what != "random" for name in _different(held[what], call[what])]
             if alone:
                 raise SaveError(
                     f"step {request.step} was not saved: rank {rank} {fate}, and with it what only it had "
@@ -366,7 +374,9 @@ class Root:
                 "the same disk."
             )
 
-    def _manifest(self, request: Request, attempt: str, reports: dict[int, Json], files: list[Json]) -> Manifest:
+    def _manifest(
+        self, request: Request, attempt: str, reports: dict[int, Json], held: dict[int, Json], files: list[Json]
+    ) -> Manifest:
         tensors: dict[str, tuple[str, tuple[int, ...], list[Chunk]]] = {}
         shards = []
         for index, file in enumerate(files):
@@ -376,10 +386,10 @@ class Root:
                 tensors.setdefault(label, (dtype, tuple(whole), []))[2].append(chunk)
         ranks = {0: RankRecord(request.random)}
         for rank in range(1, self._world.size):
-            report = reports.get(rank)
-            ranks[rank] = (
-                RankRecord(None) if report is None else RankRecord(report["random"], report["objects"], report["local"])
-            )
+            report = reports.get(rank) or held.get(rank) or {"random": None}
+            # One that did not report has nothing of its own beside its random state: else the save was given up.
+            own = report if rank in reports else {"objects": {}, "local": {}}
+            ranks[rank] = RankRecord(report["random"], own["objects"], own["local"])
         return Manifest(
             step=request.step,
             generation=self._holder.number,
@@ -420,30 +430,25 @@ class Root:
     def clear(self) -> None:
         """Delete the directories of failed attempts into which nobody writes any more."""
         left = []
-        for path, prefix, ranks in self._litter:
+        for entry, prefix, ranks in self._litter:
             busy = {
                 rank
                 for rank in ranks
                 if rank in self._channel.connected and self._channel.peek(prefix + "report", rank) is None
             }
             if busy:
-                left.append((path, prefix, busy))
+                left.append((entry, prefix, busy))
                 continue
             try:
                 self._holder.check()
-                remove_directory(path)
+                if disk.exists(entry.path):
+                    # It may hold a manifest, where the failure came after that was put in place.
+                    catalog.delete(entry)
                 self._channel.forget(prefix)
             except (OSError, LastGoodError) as error:
-                _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", path, error)
-                left.append((path, prefix, set()))
+                _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", entry.path, error)
+                left.append((entry, prefix, set()))
         self._litter = left
-
-
-def remove_directory(path: Path) -> None:
-    """Delete an uncommitted attempt."""
-    for name in disk.names(path):
-        disk.remove(path / name, missing_ok=True)
-    disk.remove_dir(path)
 
 
 def _await_directory(path: Path, seconds: float) -> None:
@@ -455,7 +460,7 @@ def _await_directory(path: Path, seconds: float) -> None:
         time.sleep(0.01)
 
 
-def _write_file(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> Json:
+def _write_file(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> Json:
     """Write a shard; returns its record as it travels in a report."""
     record, digests = write_shard(path, pieces, buffer)
     rows, at = [], record.header_size
@@ -472,8 +477,14 @@ def _write_file(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> Json
     }
 
 
-def _digest(piece: Piece, buffer: memoryview) -> str:
-    return checksum(buffer[piece.at : piece.at + piece.size])
+def _described(piece: Piece, buffer: Buffer) -> str:
+    """What two ranks compare of a tensor."""
+    return piece_checksum(piece, buffer) + f" {piece.dtype} {list(piece.shape)}"
+
+
+def _different(mine: Json, theirs: Json) -> list[str]:
+    """The names under which this rank has something else than the other."""
+    return [name for name, digest in mine.items() if theirs.get(name) != digest]
 
 
 def _tree_digest(tree: Json) -> str:

@@ -7,6 +7,7 @@ waiting. Nothing here touches the training's process group, so it works with glo
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -93,6 +94,7 @@ class Channel:
         self._news = threading.Condition()
         self._tasks: list[tuple[float, Callable[[], None]]] = []
         self._due: list[float] = []
+        self._listeners: list[tuple[str, Callable[[str, Json], None]]] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._wake_in, self._wake_out = socket.socketpair()
@@ -187,6 +189,17 @@ class Channel:
         self._tasks.append((seconds, task))
         self._due.append(time.monotonic() + seconds)
 
+    def on(self, prefix: str, listener: Callable[[str, Json], None]) -> None:
+        """Call `listener` in the background with every message whose key begins with `prefix`, when it arrives.
+
+        For those that are here already it is called at once.
+        """
+        with self._news:
+            self._listeners.append((prefix, listener))
+            early = [(key, value) for (key, _), value in self._inbox.items() if key.startswith(prefix)]
+        for key, value in early:
+            listener(key, value)
+
     def start(self) -> None:
         """Start the background thread."""
         self._thread = threading.Thread(target=self._serve, name="lastgood-messages", daemon=True)
@@ -207,6 +220,9 @@ class Channel:
                 self._posted[key] = value
             for connection in self._peers.values():
                 connection.queue({"key": key, "value": value})
+                # At once, as far as the system takes it: what was posted has left even if this process dies now.
+                with contextlib.suppress(OSError):
+                    connection.send()
             self._inbox[(key, self.world.rank)] = value
             self._news.notify_all()
         self._wake()
@@ -347,9 +363,13 @@ class Channel:
         if connection.rank is None:
             self._welcome(connection, message)
         else:
+            key, value = str(message["key"]), message["value"]
             with self._news:
-                self._inbox[(str(message["key"]), connection.rank)] = message["value"]
+                self._inbox[(key, connection.rank)] = value
                 self._news.notify_all()
+                listeners = [listener for prefix, listener in self._listeners if key.startswith(prefix)]
+            for listener in listeners:
+                listener(key, value)
 
     def _welcome(self, connection: _Connection, message: Json) -> None:
         rank = message["rank"]

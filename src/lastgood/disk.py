@@ -8,6 +8,7 @@ the process. What differs between operating systems is decided here, once, at im
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
 import os
@@ -42,7 +43,7 @@ class Operation:
     """For replace and link: the name that exists."""
     data: memoryview | None = None
     """For write, append, overwrite: the bytes."""
-    file: BinaryIO | None = None
+    file: _Raw | None = None
     """For write: the open file, so that a test can write a part and die."""
 
 
@@ -57,7 +58,7 @@ def _observed(
     *,
     source: Path | None = None,
     data: memoryview | None = None,
-    file: BinaryIO | None = None,
+    file: _Raw | None = None,
 ) -> Iterator[None]:
     watch = observer
     if watch is None:
@@ -97,17 +98,87 @@ def _patiently(operation: Callable[[], None], patience: float | None) -> None:
         pause = min(pause * 2, 0.5)
 
 
+PAGE = 4096
+"""Bytes: what direct I/O wants memory, offsets and lengths to be multiples of, on every disk in use."""
+_WRITE_BYTES = 16 << 20
+# Large enough for a disk to reach its speed, small enough that a Ctrl-C gets through and the next part can be prepared.
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class _Raw:
+    """An open file, past the page cache where that is possible: parts that are not aligned go the ordinary way."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
+        self._direct = bool(direct and _O_DIRECT)
+        try:
+            self._descriptor = os.open(_native(path), flags | (_O_DIRECT if self._direct else 0), 0o666)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            # Some file systems (tmpfs, some network ones) refuse the flag, after having made the file.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(_native(path))
+            self._direct = False
+            self._descriptor = os.open(_native(path), flags, 0o666)
+        self._at = 0
+        self.closed = False
+
+    def write(self, data: memoryview) -> int:
+        """One write; returns how many bytes were taken."""
+        if self._direct:
+            whole = len(data) - len(data) % PAGE
+            if whole and self._at % PAGE == 0 and _address(data) % PAGE == 0:
+                try:
+                    return self._took(os.write(self._descriptor, data[:whole]))
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+            self._end_direct()
+        return self._took(os.write(self._descriptor, data))
+
+    def _took(self, count: int) -> int:
+        self._at += count
+        return count
+
+    def _end_direct(self) -> None:
+        import fcntl
+
+        self._direct = False
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._descriptor)
+
+
+def _address(data: memoryview) -> int:
+    """Where the bytes lie in memory; 1, which is no multiple of anything, for memory that is read-only."""
+    return 1 if data.readonly else ctypes.addressof(ctypes.c_char.from_buffer(data))
+
+
 class NewFile(io.RawIOBase):
     """A file that did not exist, written from front to back.
+
+    Args:
+        path: its name.
+        direct: write past the page cache where the file system takes that and the data are aligned to :data:`PAGE`:
+            faster for large data, and the cache stays with those who need it.
 
     Raises FileExistsError when the name is taken. Leaving the context closes the file; it does not sync it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, direct: bool = False) -> None:
         self.path = path
         with _observed("create", path):
             # Unbuffered: each write is one system call, and a failing one is reported by the call that made it.
-            self._file = open(_native(path), "xb", buffering=0)  # noqa: SIM115
+            self._file = _Raw(path, direct)
         self.size = 0
 
     def writable(self) -> bool:
@@ -119,8 +190,7 @@ class NewFile(io.RawIOBase):
         with _observed("write", self.path, data=view, file=self._file):
             rest = view
             while rest:
-                # Some systems take at most 2 GiB in one call; 256 MiB also lets a Ctrl-C through in between.
-                written = self._file.write(rest[: 1 << 28])
+                written = self._file.write(rest[:_WRITE_BYTES])
                 if not written:
                     raise OSError(errno.EIO, "the disk took no bytes and gave no reason", str(self.path))
                 rest = rest[written:]
@@ -133,8 +203,9 @@ class NewFile(io.RawIOBase):
             _sync_descriptor(self._file.fileno())
 
     def close(self) -> None:
-        if not self._file.closed:
-            self._file.close()
+        file: _Raw | None = getattr(self, "_file", None)  # Absent where the name was taken.
+        if file is not None:
+            file.close()
         super().close()
 
 
@@ -152,11 +223,14 @@ else:
         os.fsync(descriptor)
 
 
-def sync_dir(path: Path) -> None:
-    """Make the names in a directory durable. Windows has no such call: there, the file system's journal does it."""
+def sync_dir(path: Path) -> bool:
+    """Make the names in a directory durable. Returns whether the file system knows how to.
+
+    Windows has no such call: there, the file system's journal does it.
+    """
     with _observed("sync_dir", path):
         if WINDOWS:
-            return
+            return False
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _sync_descriptor(descriptor)
@@ -164,8 +238,10 @@ def sync_dir(path: Path) -> None:
             # Some network and FUSE file systems do not know fsync of a directory (EINVAL, ENOTSUP); `doctor` says so.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+            return False
         finally:
             os.close(descriptor)
+    return True
 
 
 def replace(source: Path, target: Path, *, patience: float | None = None) -> None:
@@ -220,6 +296,20 @@ def make_dirs(path: Path) -> None:
             if not directory.is_dir():
                 raise
         sync_dir(directory.parent)
+
+
+def sync_names(path: Path) -> None:
+    """Make the name of a directory durable, and those of the directories above it on the same file system.
+
+    Whoever made them (a user, a job that was killed) may not have. As far as this user may read them.
+    """
+    for parent in path.parents:
+        try:
+            sync_dir(parent)
+        except PermissionError:
+            return
+        if os.path.ismount(parent):
+            return
 
 
 def make_private_dir(path: Path) -> None:
@@ -316,6 +406,14 @@ def names(path: Path) -> list[str]:
 def free_bytes(path: Path) -> int:
     """Bytes that this user can still write to the file system of `path`."""
     return shutil.disk_usage(_native(path)).free
+
+
+def free_files(path: Path) -> int | None:
+    """How many more files this user can make there; None where the file system sets no number."""
+    if WINDOWS:
+        return None
+    status = os.statvfs(path)
+    return status.f_favail if status.f_files else None
 
 
 def give_to_group(path: Path, group: int) -> None:

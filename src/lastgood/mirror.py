@@ -19,7 +19,7 @@ from lastgood.files import replace_file
 from lastgood.generation import Holder
 from lastgood.manifest import NAME, parse
 from lastgood.program import Events
-from lastgood.retain import Keep, Known, choose
+from lastgood.retain import Keep, choose, known_of
 
 _log = logging.getLogger("lastgood")
 _BLOCK = 8 << 20
@@ -156,14 +156,7 @@ class Copier:
                 replace_file(directory / f"{number:08d}.base", lambda file, note=note: _write(file, note))  # type: ignore[misc]
 
     def _retain(self) -> None:
-        known = []
-        for entry in catalog.committed(self._to):
-            try:
-                manifest = catalog.read_manifest(entry)
-                known.append(Known(entry, manifest.metrics, manifest.tensor_bytes))
-            except DamagedError as error:
-                _log.warning("in the mirror: %s", error)
-                known.append(Known(entry, {}, 0))
+        known = [known_of(entry) for entry in catalog.committed(self._to)]
         if not known:
             return
         branch = [e.name for e in catalog.lineage(known[-1].entry, [k.entry for k in known], self._run)]

@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lastgood.disk import PAGE
+from lastgood.dtypes import DTYPE_NAMES
 from lastgood.manifest import DTYPE_BYTES, checksum
-from lastgood.shard import DTYPE_NAMES, PAGE, Piece
+from lastgood.shard import Piece
 from lastgood.state import LocalTensor, Placement
 
 SPLIT_BYTES = 1 << 20

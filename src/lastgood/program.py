@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from lastgood import disk
 from lastgood.catalog import Entry
 from lastgood.values import Json
@@ -29,6 +27,8 @@ def lastgood_version() -> str:
 
 def versions() -> dict[str, str]:
     """The versions that a restored run may want to know of."""
+    import torch  # Only here: the event log and the command line do without it.
+
     return {
         "lastgood": lastgood_version(),
         "torch": str(torch.__version__),

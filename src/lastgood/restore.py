@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from lastgood import catalog
 from lastgood.catalog import Entry
 from lastgood.coordinate import Channel
 from lastgood.errors import DamagedError, LastGoodError, MismatchError, PeerError
-from lastgood.load import Loading
+from lastgood.loading import Loading
 from lastgood.manifest import Manifest
 from lastgood.retain import Keep, Known, best_first
 from lastgood.values import Json
@@ -55,6 +55,7 @@ class Restore:
     key: str
     """Message prefix of this call."""
     report: Callable[[str, Entry, str], None]
+    leave_out: Sequence[str] = ()
 
     def run_root(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         """Rank 0: choose, load, and let the others load the same."""
@@ -138,7 +139,7 @@ class Restore:
         self.channel.post(f"{self.key}/{number}", {"name": entry.name, "place": place, "attempt": manifest.attempt})
         end = time.monotonic() + LOAD_SECONDS
         others = range(1, self.world.size)
-        loading = Loading(entry, manifest, self.objects, self.world, self.strict)
+        loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out)
         # First vote: does it fit? Nothing is changed before every rank said yes.
         vote = self._vote(loading.prepare)
         self._count(vote, self.channel.collect(f"{self.key}/{number}/fits", others, end), entry)
@@ -158,7 +159,12 @@ class Restore:
             return {"mismatch": str(error)}
         except DamagedError as error:
             return {"damaged": str(error)}
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except LastGoodError as error:
+            return {"failed": str(error)}
+        except BaseException as error:
+            # torch's CheckpointException is no Exception.
             return {"failed": f"{type(error).__name__}: {error}"}
         return {}
 
@@ -202,7 +208,7 @@ class Restore:
             manifest = catalog.check_quick(entry)
             if manifest.attempt != proposal["attempt"]:
                 raise LastGoodError(f"{entry.path} is another checkpoint here than on rank 0: another disk?")
-            loading = Loading(entry, manifest, self.objects, self.world, self.strict)
+            loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out)
             loading.prepare()
 
         self.channel.post(f"{key}/fits", self._vote(prepare))

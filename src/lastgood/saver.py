@@ -98,6 +98,21 @@ class Saver:
         if self._scalars is not None:
             self._scalars.close()
 
+    def start(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> threading.Thread:
+        """Write in the background, after the save `before`."""
+        # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
+        thread = threading.Thread(target=self.write, args=(request, handle, before), name="lastgood-save")
+        self.buffer_free.clear()
+        try:
+            thread.start()
+        except BaseException as error:
+            # No more threads, or a Ctrl-C at this very moment: nobody would ever decide.
+            if thread.ident is None:
+                self.buffer_free.set()
+                handle._decide("failed", None, error)
+            raise
+        return thread
+
     def write(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
         """The background part of a save."""
         if before is not None:

@@ -8,53 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-import torch
 import xxhash
 
 from lastgood import disk
-from lastgood.errors import DamagedError, LastGoodError
+from lastgood.disk import PAGE
+from lastgood.errors import DamagedError
 from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum
 
-PAGE = 4096
 _BLOCK = 8 << 20
-# Bytes that are read at a time when only checking.
-
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 and newer
-    DTYPE_NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-def dtype_name(dtype: torch.dtype, path: str) -> str:
-    """The name that safetensors gives a type. Raises LastGoodError for a type that it does not hold."""
-    if dtype not in DTYPE_NAMES:
-        raise LastGoodError(
-            f"{path}: a tensor of type {dtype} cannot be saved, since safetensors files do not hold that type. "
-            "Nothing was written. Convert it, or leave it out with leave_out=[...]."
-        )
-    return DTYPE_NAMES[dtype]
+# Bytes that are read or written at a time.
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +58,10 @@ def header(pieces: Sequence[Piece]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "writer": "lastgood"}}
     at = 0
     for piece in pieces:
-        entries[piece.entry] = {
+        name = piece.entry
+        while name in entries:
+            name += "+"  # A name of the state may be the one key that safetensors reserves, or look like a part's.
+        entries[name] = {
             "dtype": piece.dtype,
             "shape": list(piece.shape),
             "data_offsets": [at, at + piece.size],
@@ -100,37 +72,68 @@ def header(pieces: Sequence[Piece]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def write(path: Path, pieces: Sequence[Piece], buffer: memoryview) -> tuple[ShardRecord, list[str]]:
+class Buffer(Protocol):
+    """Host memory that may still be filling, from its beginning to its end."""
+
+    view: memoryview
+
+    def await_bytes(self, end: int) -> None:
+        """Return when all bytes before `end` are there. Raises what went wrong while they were copied."""
+
+
+def write(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> tuple[ShardRecord, list[str]]:
     """Write a shard and sync it. The name must be new.
 
     Args:
         path: the file.
         pieces: what goes in, in file order; each lies in `buffer`.
-        buffer: host memory.
+        buffer: host memory; what is there already is written while the rest is still being copied.
 
     Returns:
         The record of the file, and the checksum of every piece.
     """
     head = header(pieces)
     digests: list[str] = []
+    failures: list[BaseException] = []
 
     def digest() -> None:
-        digests.append(checksum(head))
-        digests.extend(checksum(buffer[piece.at : piece.at + piece.size]) for piece in pieces)
+        try:
+            digests.append(checksum(head))
+            digests.extend(piece_checksum(piece, buffer) for piece in pieces)
+        except BaseException as error:
+            failures.append(error)
 
     # Both only read the buffer, and the hash releases the GIL: it is free while the disk is the slower one.
     hashing = threading.Thread(target=digest, name="lastgood-checksum")
     hashing.start()
     try:
-        with disk.NewFile(path) as file:
-            file.write(head)
+        with disk.NewFile(path, direct=True) as file:
+            file.write(_aligned(head))
             for begin, end in _runs(pieces):
-                file.write(buffer[begin:end])
+                for at in range(begin, end, _BLOCK):
+                    block = min(at + _BLOCK, end)
+                    buffer.await_bytes(block)
+                    file.write(buffer.view[at:block])
             file.sync()
             size = file.size
     finally:
         hashing.join()
+    if failures:
+        raise failures[0]
     return ShardRecord(path.name, size, len(head), digests[0]), digests[1:]
+
+
+def piece_checksum(piece: Piece, buffer: Buffer) -> str:
+    """The checksum of a piece in host memory."""
+    buffer.await_bytes(piece.at + piece.size)
+    return checksum(buffer.view[piece.at : piece.at + piece.size])
+
+
+def _aligned(data: bytes) -> memoryview:
+    """A copy that begins at a page of memory, for direct I/O."""
+    memory = mmap.mmap(-1, len(data))
+    memory[:] = data
+    return memoryview(memory)
 
 
 def _runs(pieces: Iterable[Piece]) -> list[tuple[int, int]]:
@@ -173,9 +176,35 @@ def check_header(path: Path, record: ShardRecord) -> None:
         raise DamagedError(f"{path} is damaged: its header does not match its checksum")
 
 
-def check_full(path: Path, record: ShardRecord, chunks: Sequence[tuple[str, Chunk]]) -> None:
-    """Read every byte of a shard from the disk and check it, in bounded memory. Raises DamagedError."""
+def check_full(
+    path: Path,
+    record: ShardRecord,
+    chunks: Sequence[tuple[str, Chunk]],
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Read every byte of a shard from the disk and check it, in bounded memory. Raises DamagedError.
+
+    Args:
+        advance: is told of the bytes that were read since it was told last, to show progress.
+    """
+    found = damage(path, record, chunks, advance)
+    if found:
+        raise DamagedError("; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
+
+
+def damage(
+    path: Path,
+    record: ShardRecord,
+    chunks: Sequence[tuple[str, Chunk]],
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What is wrong with a shard, after every byte of it was read: a sentence for every damaged tensor.
+
+    Raises:
+        DamagedError: the file is missing, has another length, or cannot be read.
+    """
     check_size(path, record)
+    found = []
     block = memoryview(bytearray(min(_BLOCK, record.size)))
     try:
         with disk.open_read(path) as file:
@@ -189,9 +218,10 @@ def check_full(path: Path, record: ShardRecord, chunks: Sequence[tuple[str, Chun
                     if disk.read_into(file, at, part) != len(part):
                         raise DamagedError(f"{path} ends in the middle of {what}")
                     state.update(part)
+                    if advance is not None:
+                        advance(len(part))
                 if state.hexdigest() != expected:
-                    raise DamagedError(
-                        f"{path} is damaged: {what} (bytes {begin} to {end}) does not match its checksum"
-                    )
+                    found.append(f"{path} is damaged: {what} (bytes {begin} to {end}) does not match its checksum")
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
+    return found

@@ -1,19 +1,47 @@
-"""A consistent copy of the state in host memory, in buffers that are kept between saves."""
+"""A consistent copy of the state in host memory, taken while training goes on, in buffers that are kept between saves.
+
+What an optimizer step changes does not change between ``save`` and the next step: large tensors of that kind are
+copied in the background, and a hook before the step waits for what is left of them. All else is copied at once.
+On a GPU the copies are queued on a stream of their own; the hook makes the GPU wait, not the program.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from lastgood.disk import PAGE
+from lastgood.dtypes import DTYPES
+from lastgood.errors import SaveError
 from lastgood.plan import Layout, lay_out
-from lastgood.shard import DTYPES, PAGE, Piece
+from lastgood.shard import Piece
 from lastgood.state import LocalTensor
+from lastgood.steady import OVERLAP_BYTES
+
+_STRIDE = 16 << 20
+# Bytes copied at a time: the writer follows as the copy advances.
+_SAMPLES = 4
+
+
+@dataclass(slots=True)
+class _Late:
+    """A tensor that is copied in the background, and what shows that nobody changed it meanwhile."""
+
+    piece: Piece
+    source: torch.Tensor
+    version: int
+    sample: bytes
+
+    def changed(self) -> bool:
+        return self.source._version != self.version or _sample(self.source) != self.sample
 
 
 class Snapshot:
-    """The host buffer of one rank, and the layout by which it is filled.
+    """The host buffer of one rank, the layout by which it is filled, and the filling.
 
     The layout and the typed views into the buffer are made once and used again as long as the structure of the state
     is the same: a save of many small tensors then costs one copy each and nothing else.
@@ -28,32 +56,189 @@ class Snapshot:
         self.layout = Layout(rank, [], [], [], {}, 0, ())
         self.view = memoryview(b"")
         """The bytes of the buffer."""
+        self.overlap = True
+        """Cleared for good when a tensor was changed while it was being copied."""
+        self._news = threading.Condition()
+        self._filled = 0
+        self._failure: str | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._events: list[torch.cuda.Event] = []
+        self._queued: list[tuple[str, torch.Tensor, int]] = []
+        """Steady tensors of the GPU whose copy is queued, with their versions, until the first hook has looked."""
 
     @property
     def size(self) -> int:
         """Bytes of host memory that are held."""
         return self._storage.numel()
 
-    def take(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
-        """Copy the state. When it returns, training may change every tensor.
+    def take(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int], steady: frozenset[int]) -> None:
+        """Begin to copy the state. When it returns, training may change every tensor that is not in `steady`.
 
-        The caller makes sure that nobody reads the buffer any more.
+        The caller makes sure that nobody reads the buffer any more, and that :meth:`wait` is called before a steady
+        tensor changes.
+
+        Args:
+            tensors: the state.
+            writers: the ranks that share the writing.
+            steady: addresses of tensors that change in optimizer steps only.
         """
+        self.wait()
+        self._events = []
         self._prepare(tensors, writers)
-        sources = [_source(tensors[piece.name], piece) for piece in self.layout.pieces()]
-        if sources:
-            with torch.no_grad():
-                _copy(self._targets, sources)
+        self._failure = None
+        late: list[_Late] = []
+        with torch.no_grad():
+            now: list[tuple[torch.Tensor, torch.Tensor]] = []
+            queued: list[tuple[str, torch.Tensor, int]] = []
+            for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
+                source = _source(tensors[piece.name], piece)
+                if source.is_cuda:
+                    now.append((target, source))
+                    if self.overlap and source.untyped_storage().data_ptr() in steady:
+                        queued.append((piece.name, source, source._version))
+                elif (
+                    self.overlap
+                    and piece.size >= OVERLAP_BYTES
+                    and source.untyped_storage().data_ptr() in steady
+                    and source.is_contiguous()
+                    and source.device.type == "cpu"
+                ):
+                    late.append(_Late(piece, source, source._version, _sample(source)))
+                else:
+                    target.copy_(source)
+            if now:
+                self._queue(now, steady)
+                self._queued = queued
+        with self._news:
+            self._filled = late[0].piece.at if late else self.layout.size
+        if late:
+            threading.Thread(target=self._copy, args=(late,), name="lastgood-snapshot", daemon=True).start()
+
+    def wait(self) -> None:
+        """Return when every tensor may change: before an optimizer step, or before changing weights by hand.
+
+        With CUDA tensors the GPU waits instead, on its current stream.
+        """
+        self._look_at_queued()
+        for event in self._events:
+            torch.cuda.current_stream().wait_event(event)
+        with self._news:
+            while self._filled < self.layout.size:
+                self._news.wait()
+
+    def close(self) -> None:
+        """Give the memory back. The caller makes sure that nobody reads it any more."""
+        self.wait()
+        self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
+        self._targets, self._events, self._filled = [], [], 0
+        self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.view = memoryview(b"")
+
+    def await_bytes(self, end: int) -> None:
+        """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment."""
+        for event in list(self._events):
+            event.synchronize()
+        self._look_at_queued()
+        with self._news:
+            while self._filled < end and self._failure is None:
+                self._news.wait()
+            if self._failure is not None:
+                raise SaveError(self._failure)
+
+    def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
+        """Whether the state that was copied last is the present one, bit for bit."""
+        try:
+            self.await_bytes(self.layout.size)
+        except SaveError:
+            return False
+        if self._structure(tensors, self.layout.writers) != self._key:
+            return False
+        for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
+            present = torch.empty(target.shape, dtype=target.dtype)
+            present.copy_(_source(tensors[piece.name], piece))
+            if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
+                return False
+        return True
+
+    def _copy(self, late: list[_Late]) -> None:
+        """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
+        try:
+            for item, following in zip(late, [*late[1:], None], strict=True):
+                size, at = item.piece.size, item.piece.at
+                base, source = self._buffer.data_ptr() + at, item.source.data_ptr()
+                for offset in range(0, size, _STRIDE):
+                    part = min(_STRIDE, size - offset)
+                    # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
+                    ctypes.memmove(base + offset, source + offset, part)
+                    # The writer may follow, but the training may not go on before the last look below.
+                    self._advance(min(at + offset + part, self.layout.size - 1))
+                if item.changed():
+                    return self._fail(item.piece.name)
+                if following is not None:
+                    self._advance(following.piece.at)
+            # Once more: an operation that was under way raises the version counters only at its end.
+            for item in late:
+                if item.changed():
+                    return self._fail(item.piece.name)
+            self._advance(self.layout.size)
+            return None
+        except BaseException as error:
+            self._fail(f"({error})")
+            raise
+
+    def _look_at_queued(self) -> None:
+        """Whether something other than a step changed a tensor of the GPU since ``save``: before a step, or later."""
+        with self._news:
+            queued, self._queued = self._queued, []
+            changed = next((name for name, source, version in queued if source._version != version), None)
+        if changed is not None:
+            self._fail(changed)
+
+    def _advance(self, filled: int) -> None:
+        with self._news:
+            self._filled = filled
+            self._news.notify_all()
+
+    def _fail(self, name: str) -> None:
+        with self._news:
+            self.overlap = False
+            self._failure = (
+                f"{name} was changed while it was being copied, by something that is no step of a registered "
+                "optimizer: this save is given up, and from now on everything is copied at once. Call "
+                "Checkpointer.wait_snapshot() before changing weights by hand, and copies stay in the background."
+            )
+            self._filled = self.layout.size
+            self._news.notify_all()
+
+    def _queue(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], steady: frozenset[int]) -> None:
+        """Queue the copies of CUDA tensors: first those that may change at any time, for which the GPU waits here."""
+        self._events = []
+        for device in dict.fromkeys(source.device for _, source in pairs):
+            current = torch.cuda.current_stream(device)
+            stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            stream.wait_stream(current)
+            mine = [pair for pair in pairs if pair[1].device == device]
+            mine.sort(key=lambda pair: self.overlap and pair[1].untyped_storage().data_ptr() in steady)
+            unsteady = [pair for pair in mine if not (self.overlap and pair[1].untyped_storage().data_ptr() in steady)]
+            with torch.cuda.stream(stream):
+                for index, (target, source) in enumerate(mine):
+                    if index == len(unsteady):
+                        current.wait_stream(stream)
+                    target.copy_(source, non_blocking=True)
+                    source.record_stream(stream)
+                if len(unsteady) == len(mine):
+                    current.wait_stream(stream)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+            self._events.append(event)
 
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
-        key = (
-            tuple(writers),
-            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
-        )
+        key = self._structure(tensors, writers)
         if key == self._key:
             return
         self._key = None
         self.layout = lay_out(tensors, self._rank, writers)
+        self._filled = self.layout.size
         if self.layout.size > self.size - PAGE or self.size > 2 * self.layout.size + (1 << 20):
             # The old buffer goes first: two at once would be twice the memory that is promised.
             self._targets, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
@@ -62,9 +247,16 @@ class Snapshot:
         start = -self._storage.data_ptr() % PAGE
         self._buffer = self._storage[start : start + self.layout.size]
         array = (ctypes.c_char * self.layout.size).from_address(self._buffer.data_ptr())
-        self.view = memoryview(array).cast("B").toreadonly()
+        self.view = memoryview(array).cast("B")
         self._targets = [self._target(piece) for piece in self.layout.pieces()]
         self._key = key
+
+    @staticmethod
+    def _structure(tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> object:
+        return (
+            tuple(writers),
+            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
+        )
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
@@ -79,11 +271,8 @@ def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
     return part.narrow(0, piece.offsets[0], piece.shape[0])
 
 
-def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    cuda = False
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source, non_blocking=source.is_cuda)
-        cuda = cuda or source.is_cuda
-    if cuda:
-        for device in {source.device for source in sources if source.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+def _sample(tensor: torch.Tensor) -> bytes:
+    """A few words of the memory of a tensor, spread over it."""
+    size = tensor.numel() * tensor.element_size()
+    base, step = tensor.data_ptr(), max(8, (size - 8) // (_SAMPLES - 1) // 8 * 8)
+    return b"".join(ctypes.string_at(base + at, 8) for at in range(0, size - 7, step))

@@ -12,13 +12,15 @@ import collections
 import math
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
-import torch
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lastgood.errors import DamagedError, LastGoodError
 
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported where it is needed: what only reads manifests starts in a fraction of the time.
 Json: TypeAlias = Any
 """What ``json`` reads and writes: None, bool, int, float, str, list, dict with str keys."""
 
@@ -49,6 +51,8 @@ def encode(value: Any, path: str, put_tensor: Callable[[str, torch.Tensor], str]
 
 
 def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], depth: int) -> Json:
+    import torch
+
     if depth > _MAX_DEPTH:
         raise LastGoodError(f"{path}: nested more than {_MAX_DEPTH} deep, or a value that contains itself")
     kind = type(value)
@@ -103,7 +107,9 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
         return {"$": "Path", "v": str(value)}
     if kind.__module__ == "numpy":
         return _encode_numpy(value, path, put)
-    hint = "" if not callable(value) else " (functions and classes are not state)"
+    hint = " (functions and classes are not state)" if callable(value) else ""
+    if hasattr(value, "state_dict"):
+        hint = " as a part of another value: register it under a name of its own"
     raise LastGoodError(
         f"{path}: a value of type {kind.__module__}.{kind.__qualname__} cannot be saved{hint}. Nothing was written. "
         "Keep it out of the state, turn it into numbers, strings, lists, dicts or tensors, or pass "
@@ -113,6 +119,7 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
 
 def _encode_numpy(value: Any, path: str, put: Callable[[str, torch.Tensor], str]) -> Json:
     import numpy as np
+    import torch
 
     if isinstance(value, np.generic) and value.dtype.name in _NUMPY_SCALARS:
         raw = value.item()
@@ -137,6 +144,8 @@ def decode(data: Json, get_tensor: Callable[[str], torch.Tensor]) -> Any:
 
 
 def _decode(data: Json, get: Callable[[str], torch.Tensor], depth: int) -> Any:
+    import torch
+
     if depth > 2 * _MAX_DEPTH:
         raise ValueError("nested too deep")
     if isinstance(data, list):
@@ -206,6 +215,19 @@ def _decode_numpy(text: Any, name: str) -> Any:
     if name == "bool":
         return kind(text == "True")
     return kind(int(text) if "int" in name else float(text))
+
+
+def tensor_names(tree: Json) -> Iterable[str]:
+    """All tensors that a tree refers to."""
+    if isinstance(tree, dict):
+        if tree.get("$") in ("tensor", "ndarray"):
+            yield tree["v"]
+            return
+        for item in tree.values():
+            yield from tensor_names(item)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from tensor_names(item)
 
 
 def numpy_in_use() -> bool:

@@ -1,0 +1,61 @@
+"""What a path on the command line stands for: a run, a checkpoint, or a single file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lastgood import catalog, disk, generation
+from lastgood.catalog import Entry
+from lastgood.cli.i18n import _
+from lastgood.errors import LastGoodError
+from lastgood.manifest import MAX_BYTES, NAME, parse
+
+FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+JOURNAL = ".lastgood"
+"""The directory that ``lastgood run`` keeps beside the files that it watches."""
+
+
+def directory(**options: Any) -> click.Path:
+    """The type of an argument that names a directory."""
+    return click.Path(file_okay=False, path_type=Path, **options)
+
+
+def anything() -> click.Path:
+    """The type of an argument that names a file or a directory that exists."""
+    return click.Path(exists=True, path_type=Path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run, or a mirror of one, even an empty one."""
+    return bool(generation.generations(path) or catalog.entries(path) or generation.highest_note(path))
+
+
+def checkpoint_at(path: Path) -> Entry | None:
+    """The checkpoint that a directory (or its manifest) is, or None where it is not one. Copies may have any name."""
+    if path.name == NAME:
+        path = path.parent
+    path = path.absolute()
+    entry = catalog.entry_of(path.parent, path.name)
+    if entry is not None or not disk.exists(path / NAME):
+        return entry
+    manifest = parse(disk.read_bytes(path / NAME, limit=MAX_BYTES), str(path / NAME))
+    return Entry(manifest.generation, manifest.step, 0, path.name, path.parent)
+
+
+def find_checkpoint(path: Path) -> Entry:
+    """The checkpoint at `path`: itself, or the newest one where it is a run.
+
+    Raises:
+        LastGoodError: there is none.
+    """
+    entry = checkpoint_at(path) or catalog.newest(path.absolute())
+    if entry is None:
+        raise LastGoodError(_("{path} holds no checkpoint", path=path))
+    if not entry.is_committed():
+        raise LastGoodError(
+            _("{path} has no manifest: it is what a save left behind that did not finish, not a checkpoint", path=path)
+        )
+    return entry

@@ -1,0 +1,428 @@
+"""From a verified checkpoint into live objects: in place, in parallel, every byte checked while it is read.
+
+Nothing is changed before all names, types and shapes were compared; then tensors are read straight into the memory
+where training uses them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from lastgood import disk, shard, values
+from lastgood.catalog import Entry
+from lastgood.dtypes import DTYPES
+from lastgood.errors import DamagedError, LastGoodError, MismatchError
+from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
+from lastgood.manifest import Chunk, Manifest, RankRecord
+from lastgood.state import (
+    Flattener,
+    LocalTensor,
+    clean,
+    clean_names,
+    kind_of,
+    local_part,
+    matches,
+    memory_key,
+    optimizer_names,
+    parameter_names,
+    unwrap,
+)
+from lastgood.values import Json, tensor_names
+from lastgood.world import World
+
+_THREADS = min(8, (os.cpu_count() or 1) + 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """A box of a saved tensor, and where it goes."""
+
+    name: str
+    target: torch.Tensor
+    offsets: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Loading:
+    """A checkpoint on its way into the objects of one rank."""
+
+    entry: Entry
+    manifest: Manifest
+    objects: dict[str, Any]
+    world: World
+    strict: bool
+    leave_out: Sequence[str] = ()
+    """Patterns of state paths that keep their present values."""
+    notes: list[str] = field(default_factory=list)
+    """What was not carried over, in sentences."""
+    _problems: list[str] = field(default_factory=list)
+    _wants: list[_Want] = field(default_factory=list)
+    _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+    _current: dict[str, LocalTensor] = field(default_factory=dict)
+    _states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By module, the state_dict into whose tensors is read."""
+    _unfit: set[str] = field(default_factory=set)
+    """Tensors of modules that do not fit."""
+    _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
+    """By memory of a module's tensor, its path and the saved tensor that goes there."""
+
+    def prepare(self) -> None:
+        """Compare names, types and shapes. Changes nothing.
+
+        Raises:
+            MismatchError: something does not fit; all of it is listed.
+            DamagedError: the manifest refers to tensors that it does not have.
+        """
+        flattener = Flattener(self.objects, world_size=self.world.size, leave_out=self.leave_out)
+        self._current = flattener.flatten().tensors
+        names = parameter_names(self.objects)
+        # Modules first: what does not fit of them is not restored in optimizers either.
+        for name, value in sorted(self.objects.items(), key=lambda item: kind_of(item[1]) != "module"):
+            if matches(name, self.leave_out):
+                continue
+            if name not in self.manifest.objects:
+                self._problem(f"{name} is not in the checkpoint")
+                continue
+            kind, saved = kind_of(value), self.manifest.kinds.get(name)
+            if kind != saved:
+                self._problem(f"{name} was saved as a {saved} and is a {kind} here")
+                continue
+            try:
+                if kind == "module":
+                    self._prepare_module(name, value)
+                elif kind == "optimizer":
+                    self._prepare_optimizer(name, value, names)
+                else:
+                    self._want_tree(self._tree(name))
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                raise DamagedError(f"{self.entry.path}: the state of {name} has no valid form: {error!r}") from error
+        for name in self.manifest.objects:
+            if name not in self.objects:
+                self.notes.append(f"{name} is in the checkpoint but was not given to the Checkpointer: not restored")
+        if self._problems and self.strict:
+            raise MismatchError(
+                f"{self.entry.path} does not fit the objects of this job ({len(self._problems)} differences); nothing "
+                "was changed:\n  " + "\n  ".join(self._problems) + "\nRestore into objects built the same way, or pass "
+                "strict=False to load what fits."
+            )
+        self.notes += [f"not restored: {problem}" for problem in self._problems]
+
+    def run(self) -> dict[str, Any]:
+        """Load. Returns the restored plain values, by name.
+
+        Raises:
+            DamagedError: a byte on disk is not what was saved. The objects may be half changed by then.
+        """
+        self._read()
+        restored: dict[str, Any] = {}
+        taken: set[Any] = set()
+        for name, value in self.objects.items():
+            kind = kind_of(value)
+            if kind != self.manifest.kinds.get(name) or matches(name, self.leave_out):
+                continue
+            if kind == "module":
+                self._finish_module(name, value)
+            elif kind == "optimizer":
+                self._finish_optimizer(name, value)
+            elif kind == "generator":
+                value.set_state(self._decode(self._tree(name)))
+            elif kind == "stateful":
+                present = value.state_dict() if self.leave_out else None
+                value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
+            else:
+                saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
+                restored[name] = into_value(value, saved, taken)
+        return restored
+
+    def random(self) -> Json:
+        """This rank's saved random state, or None where there is none."""
+        return self._record().random
+
+    # -- which version of a thing is this rank's ------------------------------------------------------------------
+
+    def _record(self) -> RankRecord:
+        record = self.manifest.ranks.get(self.world.rank)
+        return record if record is not None else RankRecord(None)
+
+    def _tree(self, name: str) -> Json:
+        if self.world.size != self.manifest.world_size:
+            return self.manifest.objects[name]
+        return self._record().objects.get(name, self.manifest.objects[name])
+
+    def _resolve(self, name: str) -> str:
+        """The name of this rank's version of a tensor."""
+        if self.world.size != self.manifest.world_size:
+            return name
+        return self._record().local.get(name, name)
+
+    def _check_carried(self, name: str, essential: bool) -> None:
+        """With another world size, rank 0's version of what each rank had for itself is all there is."""
+        if self.world.size == self.manifest.world_size:
+            return
+        if any(name in record.local for record in self.manifest.ranks.values()):
+            text = f"{name}: every one of {self.manifest.world_size} ranks had its own, and here are {self.world.size}"
+            if essential:
+                self._problem(text)
+            else:
+                self.notes.append(text + "; rank 0's is used")
+
+    def _problem(self, text: str) -> None:
+        self._problems.append(text)
+
+    # -- preparing ------------------------------------------------------------------------------------------------
+
+    def _prepare_module(self, name: str, value: nn.Module) -> None:
+        module = unwrap(value)
+        renames = clean_names(module)
+        saved = dict(self._tree(name)["state"])
+        parameters = {clean(key, renames) for key, _ in module.named_parameters(remove_duplicate=False)}
+        self._states[name] = dict(module.state_dict())
+        for key, tensor in self._states[name].items():
+            key = clean(key, renames)
+            path = f"{name}.{key}"
+            if matches(path, self.leave_out):
+                saved.pop(key, None)
+                continue
+            if key not in saved:
+                self._problem(f"{path} is not in the checkpoint")
+                continue
+            tree = saved.pop(key)
+            if is_value(key, tensor):
+                self._want_tree(tree)
+                continue
+            if not isinstance(tree, dict) or tree.get("$") != "tensor":
+                self._problem(f"{path} was saved as a value and is a tensor here")
+                continue
+            self._check_carried(tree["v"], key in parameters)
+            local = local_part(tensor, path)
+            memory = memory_key(local.tensor) if local.tensor.numel() else (path,)
+            other = self._filled.setdefault(memory, (path, tree["v"]))
+            if other[1] != tree["v"]:
+                self._problem(f"{path} and {other[0]} are one tensor here, and were saved with different values")
+            elif other[0] == path:
+                self._want(path, tree["v"], local)
+        for key in saved:
+            if not matches(f"{name}.{key}", self.leave_out):
+                self._problem(f"{name}.{key} is in the checkpoint but not in the model")
+        by_key = {clean(key, renames): parameter for key, parameter in module.named_parameters()}
+        for key, tree in self._tree(name).get("gradients", {}).items():
+            self._want_tree(tree, by_key.get(key))
+
+    def _want(self, path: str, name: str, local: LocalTensor) -> None:
+        record = self.manifest.tensors[self._resolve(name)]
+        here = f"{str(local.tensor.dtype).removeprefix('torch.')} {list(local.shape)}"
+        there = f"{str(DTYPES[record.dtype]).removeprefix('torch.')} {list(record.shape)}"
+        if record.shape != local.shape or (self.strict and DTYPES[record.dtype] != local.tensor.dtype):
+            self._problem(f"{path} is {there} in the checkpoint and {here} here")
+            self._unfit.add(path)
+        else:
+            if DTYPES[record.dtype] != local.tensor.dtype:
+                self.notes.append(f"{path} is {there} in the checkpoint: converted to {here}")
+            self._wants.append(_Want(self._resolve(name), local.tensor, local.offsets))
+
+    def _prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+        here, there = optimizer.param_groups, self._tree(name)["groups"]
+        if len(here) != len(there):
+            self._problem(f"{name} has {len(here)} parameter groups, and was saved with {len(there)}")
+        labels = iter(optimizer_names(name, optimizer, names))
+        for number, (group, saved) in enumerate(zip(here, there, strict=False)):
+            mine = {next(labels) for _ in group["params"]}
+            theirs = set(saved["params"])
+            for label in sorted(mine - theirs):
+                self._problem(f"{name}, group {number}: the parameter {label} was not in it when it was saved")
+            for label in sorted(theirs - mine):
+                self._problem(f"{name}, group {number}: the parameter {label} was in it when it was saved")
+        parameters = [parameter for group in here for parameter in group["params"]]
+        by_label = dict(zip(optimizer_names(name, optimizer, names), parameters, strict=True))
+        for label, held in self._tree(name)["state"].items():
+            if label in self._unfit:
+                self.notes.append(f"{name}: the state of {label} is not restored, since that does not fit")
+                continue
+            for tensor in tensor_names(held):
+                self._check_carried(tensor, essential=True)
+            self._want_tree(held, by_label.get(label))
+        self._want_tree([saved["options"] for saved in there])
+        self._want_tree([self._tree(name)["shared"], self._tree(name)["extra"]])
+
+    def _want_tree(self, tree: Json, like: torch.Tensor | None = None) -> None:
+        """Want all tensors of a tree: into the memory of the present state where it has the same, else into new one.
+
+        New memory for a tensor of the shape of `like`, a DTensor, is spread over the ranks as that is.
+        """
+        for name in tensor_names(tree):
+            if name in self._loaded:
+                continue
+            record = self.manifest.tensors[self._resolve(name)]
+            dtype, current = DTYPES[record.dtype], self._current.get(name)
+            if current is None or current.shape != record.shape or current.tensor.dtype != dtype:
+                spread = like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape
+                new = torch.empty_like(like, dtype=dtype) if spread else torch.empty(record.shape, dtype=dtype)  # type: ignore[arg-type]
+                current = local_part(new, name)
+            self._wants.append(_Want(self._resolve(name), current.tensor, current.offsets))
+            self._loaded[name] = current.whole
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        files: list[BinaryIO] = []
+        try:
+            for record in self.manifest.shards:
+                path = self.entry.path / record.file
+                shard.check_size(path, record)
+                shard.check_header(path, record)
+                files.append(disk.open_read(path))
+            jobs = [
+                (want, chunk)
+                for want in self._wants
+                for chunk in self.manifest.tensors[want.name].chunks
+                if _overlap(chunk, want) is not None
+            ]
+            # From the front of each file to its end, as disks like it.
+            jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
+            with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
+                for _ in pool.map(lambda job: self._read_chunk(files[job[1].shard], *job), jobs):
+                    continue
+        except OSError as error:
+            raise DamagedError(f"{self.entry.path} cannot be read: {error}") from error
+        finally:
+            for file in files:
+                file.close()
+
+    def _read_chunk(self, file: BinaryIO, want: _Want, chunk: Chunk) -> None:
+        box = _overlap(chunk, want)
+        assert box is not None
+        target = want.target
+        for dimension, (begin, end) in enumerate(box):
+            offset = want.offsets[dimension]
+            target = target.narrow(dimension, begin - offset, end - begin)
+        path = self.entry.path / self.manifest.shards[chunk.shard].file
+        record = self.manifest.tensors[want.name]
+        complete = tuple(target.shape) == chunk.shape
+        direct = complete and target.device.type == "cpu" and target.is_contiguous()
+        if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
+            view = bytes_of(target)
+            shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+            return
+        whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
+        view = bytes_of(whole)
+        shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+        part = whole
+        for dimension, (begin, end) in enumerate(box):
+            part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
+        for dimension, stride in enumerate(target.stride()):
+            if stride == 0 and target.shape[dimension] > 1:
+                # An expanded tensor has one row of memory for all its rows.
+                first = part.narrow(dimension, 0, 1)
+                rows, same = part.contiguous(), first.expand_as(part).contiguous()
+                if bytes_of(rows) != bytes_of(same):
+                    raise MismatchError(f"{want.name} is expanded here (stride 0), and was saved with different rows")
+                target, part = target.narrow(dimension, 0, 1), first
+        with torch.no_grad():
+            target.copy_(part)
+
+    # -- finishing ------------------------------------------------------------------------------------------------
+
+    def _decode(self, tree: Json) -> Any:
+        return values.decode(tree, lambda name: self._loaded[name])
+
+    def _finish_module(self, name: str, value: nn.Module) -> None:
+        module = unwrap(value)
+        renames = clean_names(module)
+        saved = self._tree(name)["state"]
+        state = self._states[name]
+        extra = {
+            key: self._decode(saved[clean(key, renames)])
+            for key, item in state.items()
+            if is_value(key, item) and clean(key, renames) in saved
+        }
+        if extra or not is_plain(module, state):
+            # It has values, hooks, or tensors that state_dict computes: the module must be told.
+            module.load_state_dict({**state, **extra}, strict=False)
+        gradients = self._tree(name).get("gradients", {})
+        for key, parameter in module.named_parameters():
+            if "gradients" in self._tree(name):
+                parameter.grad = None
+            if clean(key, renames) in gradients:
+                gradient = self._decode(gradients[clean(key, renames)])
+                parameter.grad = gradient.to(parameter.device)
+
+    def _finish_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        tree = self._tree(name)
+        labels = optimizer_names(name, optimizer, parameter_names(self.objects))
+        index_of = {label: index for index, label in enumerate(labels)}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        present = optimizer.state_dict()["state"] if self.leave_out else {}
+        state = {}
+        for label, index in index_of.items():
+            path = f"{name}.state.{label}"
+            if matches(path, self.leave_out):
+                state.update({index: present[index]} if index in present else {})
+            elif label in tree["state"] and label not in self._unfit:
+                saved_state = self._decode(tree["state"][label])
+                state[index] = keep_left_out(present.get(index), saved_state, path, self.leave_out)
+        groups, at = [], 0
+        for number, group in enumerate(optimizer.param_groups):
+            count = len(group["params"])
+            saved = tree["groups"][number]["options"] if number < len(tree["groups"]) else {}
+            options = {key: option for key, option in group.items() if key != "params"}
+            groups.append({**options, **self._decode(saved), "params": list(range(at, at + count))})
+            at += count
+        whole = {"state": {**state, **self._decode(tree["shared"])}, "param_groups": groups}
+        optimizer.load_state_dict({**self._decode(tree["extra"]), **whole})
+        for index, held in state.items():
+            optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor. The tensor must outlive the view."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _overlap(chunk: Chunk, want: _Want) -> list[tuple[int, int]] | None:
+    """The box that a chunk and a target have in common, as begin and end in each dimension."""
+    box = []
+    for offset, size, start, length in zip(chunk.offsets, chunk.shape, want.offsets, want.target.shape, strict=True):
+        begin, end = max(offset, start), min(offset + size, start + length)
+        if begin >= end:
+            return None
+        box.append((begin, end))
+    return box
+
+
+def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint, checked, into new memory: for export, comparison and evaluation.
+
+    Raises:
+        DamagedError: a byte on disk is not what was saved.
+        LastGoodError: there is no tensor of that name.
+    """
+    loading = Loading(entry, manifest, {}, World(0, manifest.world_size, True), strict=True)
+    for name in names:
+        if name not in manifest.tensors:
+            raise LastGoodError(f"{entry.path} has no tensor {name!r}")
+        record = manifest.tensors[name]
+        target = torch.empty(record.shape, dtype=DTYPES[record.dtype])
+        loading._loaded[name] = target
+        loading._wants.append(_Want(name, target, (0,) * len(record.shape)))
+    loading._read()
+    return dict(loading._loaded)
+
+
+def nbytes(manifest: Manifest) -> int:
+    """Bytes of all tensors, each counted once."""
+    return sum(
+        math.prod(record.shape) * torch.empty(0, dtype=DTYPES[record.dtype]).element_size()
+        for record in manifest.tensors.values()
+    )
