@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import Objects, round_trip
 from torch import nn
 
 import lastgood
+from roundtrip import Objects, round_trip
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

@@ -28,6 +28,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".lastgood-{os.getpid()}-{next(_COUNT)}-{secrets.token_hex(4)}.tmp")
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file has such a name: nobody relies on it once its writer is gone."""
+    return name.startswith(".lastgood-") and name.endswith(".tmp")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], None], *, patience: float | None = None) -> None:
     """Write a file under a temporary name in the same directory, sync it, and put it in place of `path`.
 

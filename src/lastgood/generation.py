@@ -12,6 +12,7 @@ No decision depends on a clock that two machines would have to share, on a proce
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from lastgood import disk
 from lastgood.errors import LastGoodError, ReplacedError, RunHeldError
-from lastgood.files import replace_file
+from lastgood.files import is_temporary, replace_file
 from lastgood.values import Json
 from lastgood.world import World, machine_id
 
@@ -31,6 +32,7 @@ STALE_SECONDS = 60.0
 """A job on another machine whose counter has stood still for so long is taken for gone."""
 
 _RECORD = re.compile(r"(\d{8,})\.json")
+_BASE = re.compile(r"(\d{8,})\.base")
 _KEEP_RECORDS = 16
 _READ_LIMIT = 1 << 20
 
@@ -43,7 +45,7 @@ def generations(run: Path) -> list[int]:
 
 def highest_note(run: Path) -> int:
     """The highest generation of which a note of its base is there: all that a mirror has of them."""
-    found = (re.fullmatch(r"(\d{8,})\.base", name) for name in disk.names(run / "generations"))
+    found = (_BASE.fullmatch(name) for name in disk.names(run / "generations"))
     return max((int(match[1]) for match in found if match), default=0)
 
 
@@ -158,15 +160,21 @@ class Holder:
             with disk.NewFile(_path(run, number, "json")) as file:
                 file.write(json.dumps(me).encode())
                 file.sync()
+            disk.sync_dir(directory)
         except FileExistsError:
             lock.release()
             raise RunHeldError(_held(run, record(run, number))) from None
-        disk.sync_dir(directory)
+        except BaseException:
+            # Half a record would look like a job on another machine, for which the next one waits.
+            with contextlib.suppress(OSError):
+                disk.remove(_path(run, number, "json"), missing_ok=True)
+            lock.release()
+            raise
         holder = cls(run, number, lock, group)
         if group is not None:
             disk.give_to_group(directory, group)
         holder.beat()
-        holder._forget_old(taken)
+        holder._tidy(taken)
         return holder
 
     def advance(self, world: World, invitation: Json) -> None:
@@ -218,11 +226,16 @@ class Holder:
         finally:
             self._lock.release()
 
-    def _forget_old(self, taken: list[int]) -> None:
+    def _tidy(self, taken: list[int]) -> None:
+        """Delete the records of lives long over, and what a life that was killed had begun to write."""
         # The notes of the bases stay, a few bytes each: the branches of old checkpoints hang on them.
         for number in taken[:-_KEEP_RECORDS]:
             for kind in ("beat", "end", "json"):
                 disk.remove(_path(self.run, number, kind), missing_ok=True)
+        directory = self.run / "generations"
+        for name in disk.names(directory):
+            if is_temporary(name):
+                disk.remove(directory / name, missing_ok=True)
 
 
 def _write(file: object, data: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from lastgood.errors import DamagedError
-from lastgood.values import Json
+from lastgood.values import Json, tensor_names
 
 FORMAT = 1
 """Version of the format that is written. Every older one stays readable."""
@@ -200,13 +200,14 @@ def check(manifest: Manifest, where: str) -> None:
     """Raise DamagedError where a manifest is inconsistent in itself."""
     try:
         _check(manifest)
-    except ValueError as error:
+        _check_values(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{where} is inconsistent: {error}") from error
 
 
 def _from_json(body: Json) -> Manifest:
     def whole(value: Any) -> int:
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < 1 << 63:
             raise ValueError(f"{value!r} is no size")
         return value
 
@@ -299,6 +300,18 @@ def _check(manifest: Manifest) -> None:
         for own in record.local.values():
             if own not in manifest.tensors:
                 raise ValueError(f"rank {rank} names the tensor {own!r}, which is not in the checkpoint")
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Whether the values name only tensors that are there. Raises ValueError, or what a wrong form leads to."""
+    if manifest.objects.keys() != manifest.kinds.keys():
+        raise ValueError("the objects and their kinds are not the same")
+    if 0 not in manifest.ranks:
+        raise ValueError("nothing is said of rank 0")
+    for record in (RankRecord(None, manifest.objects), *manifest.ranks.values()):
+        for name in tensor_names(record.objects):
+            if record.local.get(name, name) not in manifest.tensors:
+                raise ValueError(f"a value names the tensor {name!r}, which is not in the checkpoint")
 
 
 def _check_cover(name: str, tensor: TensorRecord) -> None:

@@ -38,9 +38,13 @@ def apply(saved: Json) -> list[str]:
     numbers = tuple(int.from_bytes(words[i : i + 4], "little") for i in range(0, len(words), 4))
     random.setstate((version, numbers, gauss))
     torch.set_rng_state(_tensor(state["torch"]))
+    np: Any = None
     if "numpy" in state:
-        import numpy as np
-
+        try:
+            import numpy as np
+        except ImportError:
+            left.append("numpy had a random state, and it is not installed here")
+    if np is not None:
         name, keys, position, has_gauss, cached = state["numpy"]
         np.random.set_state((name, np.frombuffer(keys, dtype="<u4"), position, has_gauss, cached))
     devices = state.get("cuda", [])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lastgood import catalog
+from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.errors import DamagedError, LastGoodError
 from lastgood.generation import Holder
@@ -38,6 +38,14 @@ class Keep:
     """Delete the oldest until the run has at most so many bytes, whatever the other rules say; two always stay."""
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("last", self.last),
+            ("best", self.best),
+            ("every", self.every),
+            ("max_bytes", self.max_bytes),
+        ):
+            if type(value) is not int and (value is not None or name in ("last", "best")):
+                raise LastGoodError(f"Keep({name}={value!r}): it is a whole number")
         if self.last < 0 or self.best < 0:
             raise LastGoodError("Keep(last=, best=) count checkpoints: they cannot be negative")
         if self.last == 0 and self.best == 0 and self.every is None:
@@ -123,6 +131,8 @@ class Retention:
     def __init__(self, run: Path, keep: Keep, holder: Holder, report: Callable[[str, Entry, str], None]) -> None:
         self._run, self._keep, self._holder, self._report = run, keep, holder, report
         self._known: dict[str, Known] = {}
+        self._unfinished: list[Entry] = []
+        """Checkpoints whose manifest is deleted, and whose data could not be."""
         self.verified: str | None = None
         """The newest checkpoint that was read back, or that this life was restored from."""
 
@@ -145,6 +155,7 @@ class Retention:
         Raises:
             DamagedError: the newest checkpoint reads back damaged. Nothing was deleted.
         """
+        self._finish()
         known = self.known()
         branch = [entry.name for entry in catalog.lineage(newest, [k.entry for k in known])]
         doomed = choose(known, branch, self._keep)
@@ -172,6 +183,19 @@ class Retention:
                 gone += self._delete([k], "the disk has too little space for the next save")
         return gone
 
+    def _finish(self) -> None:
+        """Try again to give back the space of what is no checkpoint any more."""
+        left, self._unfinished = self._unfinished, []
+        for entry in left:
+            if entry.is_committed() or not disk.exists(entry.path):
+                continue
+            self._holder.check()
+            try:
+                catalog.delete(entry)
+            except OSError as error:
+                _log.warning("%s could not be deleted yet: %s", entry.path, error)
+                self._unfinished.append(entry)
+
     def _delete(self, doomed: Sequence[Known], why: str) -> list[str]:
         gone = []
         for k in doomed:
@@ -181,6 +205,7 @@ class Retention:
             except OSError as error:
                 # Another program has it open (Windows), or the disk refuses. It is tried again after the next save.
                 _log.warning("%s could not be deleted yet: %s", k.entry.path, error)
+                self._unfinished.append(k.entry)
                 continue
             self._known.pop(k.entry.name, None)
             self._report("delete", k.entry, why)

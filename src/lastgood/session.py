@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lastgood import catalog, disk, generation
-from lastgood.commit import remove_directory
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, PeerError
 from lastgood.generation import BEAT_SECONDS, Holder
@@ -22,8 +21,8 @@ from lastgood.values import Json
 from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
-_joined: dict[Path, int] = {}
-"""By run, the last generation that this process joined: a later Checkpointer waits for a later one."""
+_joined: dict[tuple[Path, int], int] = {}
+"""By run and rank, the last generation that this process joined: a later Checkpointer waits for a later one."""
 _DISK_SECONDS = 10.0
 """A network file system may show a new file so much later."""
 
@@ -47,7 +46,7 @@ class Session:
         except BaseException:
             self.close()
             raise
-        _joined[run] = self.generation
+        _joined[run, world.rank] = self.generation
 
     # -- rank 0 ---------------------------------------------------------------------------------------------------
 
@@ -83,17 +82,21 @@ class Session:
                 "rank must make one, at the same point of the program."
             )
         self.channel.post("start", {"problem": problem, "generation": self.generation})
+        self.channel.admit_no_more()
         if problem:
             raise PeerError(problem)
 
     def _lowest(self) -> int:
-        """A new run directory beside an old mirror must not begin before what the mirror holds."""
+        """The lowest generation after all that is here: also in a run that was copied without its `generations`, or a
+        new one beside an old mirror.
+        """
+        here = catalog.entries(self._run)
+        lowest = max((entry.generation for entry in here), default=0) + 1
         if self._mirror is None:
-            return 1
+            return lowest
         there = catalog.entries(self._mirror)
         notes = generation.highest_note(self._mirror)
-        here = catalog.newest(self._run)
-        if here is None and not disk.exists(self._mirror):
+        if not any(entry.is_committed() for entry in here) and not disk.exists(self._mirror):
             try:
                 disk.make_dirs(self._mirror)
             except OSError as error:
@@ -102,13 +105,13 @@ class Session:
                     "may hold the training's past, so nothing is started anew: bring the mirror back, or leave out "
                     "mirror= for a new run."
                 ) from error
-        return max([entry.generation for entry in there] + [notes, 0]) + 1
+        return max([lowest, notes + 1, *(entry.generation + 1 for entry in there)])
 
     def advance(self) -> None:
         """Begin the next generation: after a roll-back."""
         assert self.holder is not None
         self.holder.advance(self._world, {})
-        self.generation = _joined[self._run] = self.holder.number
+        self.generation = _joined[self._run, self._world.rank] = self.holder.number
 
     def clear_left_overs(self, events: Events) -> None:
         """Delete what saves of earlier lives left behind: directories without a manifest, which nobody will finish."""
@@ -117,7 +120,7 @@ class Session:
             if entry.generation < self.generation and not entry.is_committed():
                 self.holder.check()
                 try:
-                    remove_directory(entry.path)
+                    catalog.delete(entry)
                 except OSError as error:
                     _log.warning("the left-over %s could not be deleted: %s", entry.path, error)
                     continue
@@ -126,7 +129,7 @@ class Session:
     # -- another rank ---------------------------------------------------------------------------------------------
 
     def _join(self, end: float) -> None:
-        after = _joined.get(self._run, 0)
+        after = _joined.get((self._run, self._world.rank), 0)
 
         def find() -> list[Json]:
             seen = [_published(self._run)]
@@ -171,6 +174,7 @@ def make_run(run: Path, group: int | None) -> None:
         raise LastGoodError(f"{run} is a file: a run is a directory. Move the file away or choose another name.")
     try:
         disk.make_dirs(run)
+        disk.sync_names(run)
         if group is not None:
             disk.give_to_group(run, group)
         probe = run / ".lastgood-write-test"

@@ -57,7 +57,10 @@ def header(pieces: Sequence[Piece]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "writer": "lastgood"}}
     at = 0
     for piece in pieces:
-        entries[piece.entry] = {
+        name = piece.entry
+        while name in entries:
+            name += "+"  # A name of the state may be the one key that safetensors reserves, or look like a part's.
+        entries[name] = {
             "dtype": piece.dtype,
             "shape": list(piece.shape),
             "data_offsets": [at, at + piece.size],

@@ -25,6 +25,8 @@ from lastgood.steady import OVERLAP_BYTES
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
 _SAMPLES = 4
+_PLANS = 16
+# Layouts that are remembered.
 
 
 @dataclass(slots=True)
@@ -43,12 +45,14 @@ class _Late:
 class Snapshot:
     """The host buffer of one rank, the layout by which it is filled, and the filling.
 
-    The layout and the typed views into the buffer are made once and used again as long as the structure of the state
-    is the same: a save of many small tensors then costs one copy each and nothing else.
+    A layout and its typed views into the buffer are made once for every division of the writing, and used again as
+    long as the structure of the state is the same: a save of many small tensors then costs one copy each and nothing
+    else.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._plans: dict[tuple[int, ...], tuple[Layout, list[tuple[Piece, torch.Tensor, int]]]] = {}
         self._key: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
@@ -92,10 +96,7 @@ class Snapshot:
             now: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
             queued: list[tuple[str, torch.Tensor, int]] = []
             for piece, target, size in self._parts:
-                source = tensors[piece.name].tensor
-                if source.shape != target.shape:
-                    # A share of a replicated tensor: rows of it.
-                    source = source.narrow(0, piece.offsets[0], piece.shape[0])
+                source = _source(tensors[piece.name], piece)
                 if source.is_cuda:
                     queue.append((target, source))
                     if self.overlap and source.untyped_storage().data_ptr() in steady:
@@ -138,6 +139,7 @@ class Snapshot:
     def close(self) -> None:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
+        self._plans.clear()
         self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
         self._parts, self._events, self._filled = [], [], 0
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -153,6 +155,21 @@ class Snapshot:
                 self._news.wait()
             if self._failure is not None:
                 raise SaveError(self._failure)
+
+    def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
+        """Whether the state that was copied last is the present one, bit for bit."""
+        try:
+            self.await_bytes(self.layout.size)
+        except SaveError:
+            return False
+        if _structure(tensors) != self._key:
+            return False
+        for piece, target, _ in self._parts:
+            present = torch.empty(target.shape, dtype=target.dtype)
+            present.copy_(_source(tensors[piece.name], piece))
+            if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
+                return False
+        return True
 
     def _copy(self, late: list[_Late]) -> None:
         """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
@@ -227,35 +244,54 @@ class Snapshot:
             self._events.append(event)
 
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
-        key = (
-            tuple(writers),
-            [
-                (name, t.tensor.dtype, t.shape, t.placement)
-                if t.placement is not Placement.SHARDED
-                else (name, t.tensor.dtype, t.shape, t.tensor.shape, t.offsets, t.writes)
-                for name, t in tensors.items()
-            ],
-        )
-        if key == self._key:
-            return
-        self._key = None
-        self.layout = lay_out(tensors, self._rank, writers)
-        self._filled = self.layout.size
-        if self.layout.size > self.size - PAGE or self.size > 2 * self.layout.size + (1 << 20):
-            # The old buffer goes first: two at once would be twice the memory that is promised.
-            self._parts, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
-            pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
-            self._storage = torch.empty(self.layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+        structure = _structure(tensors)
+        if structure != self._key:
+            self._plans.clear()
+            self._key = structure
+        key = tuple(writers)
+        if key not in self._plans:
+            layout = lay_out(tensors, self._rank, writers)
+            if layout.size > self.size - PAGE or self.size > 2 * layout.size + (1 << 20):
+                # The old buffer goes first: two at once would be twice the memory that is promised.
+                self._plans.clear()
+                self._parts, self._buffer, self.view = [], torch.empty(0), memoryview(b"")
+                self._storage = torch.empty(0)
+                pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
+                self._storage = torch.empty(layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._set_view(layout)
+            self._plans[key] = layout, [(piece, self._target(piece), piece.size) for piece in layout.pieces()]
+        layout, self._parts = self._plans[key]
+        self._set_view(layout)
+
+    def _set_view(self, layout: Layout) -> None:
+        self.layout, self._filled = layout, layout.size
         start = -self._storage.data_ptr() % PAGE
-        self._buffer = self._storage[start : start + self.layout.size]
-        array = (ctypes.c_char * self.layout.size).from_address(self._buffer.data_ptr())
+        self._buffer = self._storage[start : start + layout.size]
+        array = (ctypes.c_char * layout.size).from_address(self._buffer.data_ptr())
         self.view = memoryview(array).cast("B")
-        self._parts = [(piece, self._target(piece), piece.size) for piece in self.layout.pieces()]
-        self._key = key
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
         return raw.view(DTYPES[piece.dtype]).view(piece.shape)
+
+
+def _structure(tensors: Mapping[str, LocalTensor]) -> object:
+    return [
+        (name, t.tensor.dtype, t.shape, t.placement)
+        if t.placement is not Placement.SHARDED
+        else (name, t.tensor.dtype, t.shape, t.tensor.shape, t.offsets, t.writes)
+        for name, t in tensors.items()
+    ]
+
+
+def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
+    part = tensor.tensor
+    if part.shape == piece.shape:
+        return part
+    # A share of a replicated tensor: rows of it.
+    return part.narrow(0, piece.offsets[0], piece.shape[0])
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
