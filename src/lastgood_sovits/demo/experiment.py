@@ -67,7 +67,8 @@ def stand_in_features(wave: Tensor) -> Tensor:
     mel = mel_from_spectrogram(spectrogram(wave.unsqueeze(0), 2048, 640, 2048), RATE, 2048, 80)[0]
     projection = torch.randn(FEATURES, 80, generator=torch.Generator().manual_seed(7)) / 80**0.5
     frames = (len(wave) // 2 - 400) // 320 + 1
-    return (projection @ (mel + 5.0))[:, :frames].unsqueeze(0) / 3
+    features: Tensor = (projection @ (mel + 5.0))[:, :frames].unsqueeze(0) / 3
+    return features
 
 
 def s2_config(experiment: Experiment, run: str, epochs: int, nproc: int) -> Path:

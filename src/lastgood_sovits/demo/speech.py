@@ -92,7 +92,6 @@ def _synthesized() -> Iterator[Spoken]:
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     pieces: list[bytes] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def take(samples: ctypes._Pointer[ctypes.c_short], count: int, _: int) -> int:
         if samples and count:
             pieces.append(ctypes.string_at(samples, 2 * count))
@@ -102,7 +101,9 @@ def _synthesized() -> Iterator[Spoken]:
     rate = library.espeak_Initialize(2, 0, str(espeakng_loader.get_data_path()).encode(), 0)
     if rate <= 0:
         raise SovitsError("espeak-ng could not be started: install asterisk-core-sounds-en-wav instead")
-    library.espeak_SetSynthCallback(take)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    callback = kind(take)  # kept in a name: the library calls it later
+    library.espeak_SetSynthCallback(callback)
     library.espeak_SetVoiceByName(b"en-us")
     for number, text in enumerate(_SENTENCES):
         pieces.clear()
