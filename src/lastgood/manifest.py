@@ -121,7 +121,7 @@ class Manifest:
         return sum(shard.size for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        body = json.dumps(self._to_json(), separators=(",", ":"), allow_nan=False).encode()
+        body = compact(self._to_json()).encode()
         return b'{"lastgood":%d,"checksum":"%s","manifest":%s}\n' % (FORMAT, checksum(body).encode(), body)
 
     def _to_json(self) -> Json:
@@ -152,6 +152,19 @@ class Manifest:
         }
 
 
+def compact(tree: Json, depth: int = 4) -> str:
+    """JSON without spaces. What lies less than `depth` deep is encoded piece by piece.
+
+    The encoder holds the interpreter's lock: over a large tree in one call, training would stand still for its time.
+    """
+    if depth and type(tree) is dict:
+        return "{" + ",".join(f"{_encode(str(key))}:{compact(item, depth - 1)}" for key, item in tree.items()) + "}"
+    return _encode(tree)
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def parse(data: bytes, where: str) -> Manifest:
     """Read a manifest and check all that can be checked without its shards.
 
@@ -179,12 +192,17 @@ def parse(data: bytes, where: str) -> Manifest:
         manifest = _from_json(json.loads(body))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(f"{where} has a valid checksum but no valid content: {error!r}") from error
+    check(manifest, where)
+    return manifest
+
+
+def check(manifest: Manifest, where: str) -> None:
+    """Raise DamagedError where a manifest is inconsistent in itself."""
     try:
         _check(manifest)
         _check_values(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{where} is inconsistent: {error}") from error
-    return manifest
 
 
 def _from_json(body: Json) -> Manifest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import random
+import struct
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ def capture() -> Json:
     """The random state of this process, as JSON."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": (version, b"".join(word.to_bytes(4, "little") for word in words), gauss),
+        "python": (version, struct.pack(f"<{len(words)}I", *words), gauss),
         "torch": _raw(torch.get_rng_state()),
     }
     if numpy_in_use():
@@ -91,7 +93,8 @@ def _with_arrays(value: Any) -> Any:
 
 
 def _raw(state: torch.Tensor) -> bytes:
-    return bytes(state.cpu().tolist())
+    here = state.cpu().contiguous()
+    return ctypes.string_at(here.data_ptr(), here.numel())
 
 
 def _tensor(raw: bytes) -> torch.Tensor:

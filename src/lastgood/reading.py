@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -18,6 +19,8 @@ from lastgood.errors import DamagedError, MismatchError
 from lastgood.manifest import Chunk, Manifest
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
+_SMALL_BYTES = 256 << 10
+# Smaller tensors that lie close together are read together.
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want]) -> None
         # From the front of each file to its end, as disks like it.
         jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
         with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
-            for _ in pool.map(lambda job: _read_chunk(entry, manifest, files[job[1].shard], *job), jobs):
+            batches = _batches(jobs)
+            for _ in pool.map(lambda batch: _read_batch(entry, manifest, files[batch[0][1].shard], batch), batches):
                 continue
     except OSError as error:
         raise DamagedError(f"{entry.path} cannot be read: {error}") from error
@@ -61,7 +65,43 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want]) -> None
             file.close()
 
 
-def _read_chunk(entry: Entry, manifest: Manifest, file: BinaryIO, want: Want, chunk: Chunk) -> None:
+def _batches(jobs: Sequence[tuple[Want, Chunk]]) -> list[list[tuple[Want, Chunk]]]:
+    """Small neighbours are read together: a system call and a task each would cost more than their bytes."""
+    batches: list[list[tuple[Want, Chunk]]] = []
+    size = 0
+    for want, chunk in jobs:
+        length = chunk.end - chunk.begin
+        last = batches[-1][-1][1] if batches else None
+        near = last is not None and last.shard == chunk.shard and last.end <= chunk.begin <= last.end + _SMALL_BYTES
+        if near and length < _SMALL_BYTES and size + length < 16 * _SMALL_BYTES:
+            batches[-1].append((want, chunk))
+            size += length
+        else:
+            batches.append([(want, chunk)])
+            size = length
+    return batches
+
+
+def _read_batch(entry: Entry, manifest: Manifest, file: BinaryIO, batch: Sequence[tuple[Want, Chunk]]) -> None:
+    if len(batch) == 1:
+        return _read_chunk(entry, manifest, functools.partial(disk.read_into, file), *batch[0])
+    start = batch[0][1].begin
+    block = memoryview(bytearray(max(chunk.end for _, chunk in batch) - start))
+    block = block[: disk.read_into(file, start, block)]
+
+    def from_block(offset: int, view: memoryview) -> int:
+        part = block[offset - start : offset - start + len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+    for want, chunk in batch:
+        _read_chunk(entry, manifest, from_block, want, chunk)
+    return None
+
+
+def _read_chunk(
+    entry: Entry, manifest: Manifest, read: Callable[[int, memoryview], int], want: Want, chunk: Chunk
+) -> None:
     box = _overlap(chunk, want)
     assert box is not None
     target = want.target
@@ -74,11 +114,11 @@ def _read_chunk(entry: Entry, manifest: Manifest, file: BinaryIO, want: Want, ch
     direct = complete and target.device.type == "cpu" and target.is_contiguous()
     if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
         view = bytes_of(target)
-        shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+        shard.check_chunk(path, want.name, chunk, view, read(chunk.begin, view))
         return
     whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
     view = bytes_of(whole)
-    shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
+    shard.check_chunk(path, want.name, chunk, view, read(chunk.begin, view))
     part = whole
     for dimension, (begin, end) in enumerate(box):
         part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
