@@ -30,6 +30,8 @@ from lastgood.world import World
 _log = logging.getLogger("lastgood")
 _MARGIN = 4 << 20
 """Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
+_CLEAR_PATIENCE = 1.0
+"""Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
 _RETRY_WIDTH = 8
 """Saves after which a writer that was left out is tried again."""
 
@@ -443,7 +445,7 @@ class Root:
                 self._holder.check()
                 if disk.exists(entry.path):
                     # It may hold a manifest, where the failure came after that was put in place.
-                    catalog.delete(entry)
+                    catalog.delete(entry, patience=_CLEAR_PATIENCE)
                 self._channel.forget(prefix)
             except (OSError, LastGoodError) as error:
                 _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", entry.path, error)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
@@ -27,6 +28,7 @@ from lastgood.files import is_temporary, replace_file
 from lastgood.values import Json
 from lastgood.world import World, machine_id
 
+_log = logging.getLogger("lastgood")
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 60.0
 """A job on another machine whose counter has stood still for so long is taken for gone."""
@@ -34,6 +36,7 @@ STALE_SECONDS = 60.0
 _RECORD = re.compile(r"(\d{8,})\.json")
 _BASE = re.compile(r"(\d{8,})\.base")
 _KEEP_RECORDS = 16
+_LOOK_SECONDS = 0.3
 _READ_LIMIT = 1 << 20
 
 
@@ -132,7 +135,7 @@ class Holder:
         """
         directory = run / "generations"
         disk.make_dirs(directory)
-        lock = disk.FileLock.try_acquire(run / "lock")
+        lock = _acquire(run)
         taken = generations(run)
         last = taken[-1] if taken else 0
         who = record(run, last) if last else None
@@ -210,7 +213,13 @@ class Holder:
     def beat(self) -> None:
         """Show that the job lives."""
         self._beats += 1
-        disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode())
+        try:
+            # Not patiently: the next beat comes soon, and the thread that beats moves the messages too.
+            disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode(), patience=0)
+        except OSError as error:
+            if not disk.is_held(error):
+                raise
+            _log.debug("a beat was left out: %s", error)
 
     def release(self) -> None:
         """Give the run back: the next job need not wait."""
@@ -231,11 +240,27 @@ class Holder:
         # The notes of the bases stay, a few bytes each: the branches of old checkpoints hang on them.
         for number in taken[:-_KEEP_RECORDS]:
             for kind in ("beat", "end", "json"):
-                disk.remove(_path(self.run, number, kind), missing_ok=True)
+                _remove(_path(self.run, number, kind))
         directory = self.run / "generations"
         for name in disk.names(directory):
             if is_temporary(name):
-                disk.remove(directory / name, missing_ok=True)
+                _remove(directory / name)
+
+
+def _remove(path: Path) -> None:
+    """Delete what is of no use. Where the system refuses, because a program has it open, the next job tries again."""
+    try:
+        disk.remove(path, missing_ok=True, patience=0)
+    except OSError as error:
+        _log.info("%s could not be deleted yet: %s", path, error)
+
+
+def _acquire(run: Path) -> disk.FileLock | None:
+    """The lock of a run, or None where another job holds it. A command that looks has it for a moment only."""
+    end = time.monotonic() + _LOOK_SECONDS
+    while (lock := disk.FileLock.try_acquire(run / "lock")) is None and time.monotonic() < end:
+        time.sleep(0.02)
+    return lock
 
 
 def _write(file: object, data: bytes) -> None:

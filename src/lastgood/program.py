@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lastgood.values import Json
 
 _log = logging.getLogger("lastgood")
 EVENTS = "events.jsonl"
+_LATE_LINES = 1000
 
 
 def lastgood_version() -> str:
@@ -81,14 +83,20 @@ class Events:
     def __init__(self, run: Path, generation: int) -> None:
         self._path = run / EVENTS
         self.generation = generation
+        self._lock = threading.Lock()  # The mirror's thread writes events too.
+        self._late: list[str] = []
+        """Lines that the disk did not take: they go before the next one."""
 
     def write(self, event: str, **fields: Json) -> None:
         """Add a line. The log is for people: when the disk does not take it, training goes on."""
         line = {"time": time.time(), "generation": self.generation, "event": event, **fields}
-        try:
-            disk.append_line(self._path, json.dumps(line, ensure_ascii=False))
-        except OSError as error:
-            _log.warning("%s could not be written: %s", self._path, error)
+        with self._lock:
+            self._late = [*self._late[-_LATE_LINES:], json.dumps(line, ensure_ascii=False)]
+            try:
+                disk.append_line(self._path, "\n".join(self._late))
+                self._late = []
+            except OSError as error:
+                _log.warning("%s could not be written: %s. It is tried again with the next event.", self._path, error)
 
     def report(self, event: str, entry: Entry, why: str) -> None:
         """A checkpoint was skipped or deleted."""
