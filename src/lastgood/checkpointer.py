@@ -515,8 +515,9 @@ def _at_exit() -> None:
     if failed is not None:
         print(f"lastgood: the program ends, and its last save failed: {failed}", file=sys.stderr)
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # A program without a console (pythonw) has none.
+                stream.flush()
         os._exit(_EXIT_CODE)
 
 

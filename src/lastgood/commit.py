@@ -32,6 +32,8 @@ _MARGIN = 4 << 20
 """Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
 _REMEMBERED = 16
 """Saves of which a rank that was not there keeps the messages: it may only be late."""
+_CLEAR_PATIENCE = 1.0
+"""Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
 _RETRY_WIDTH = 8
 """Saves after which a writer that was left out is tried again."""
 
@@ -528,7 +530,7 @@ class Root:
                 self._holder.check()
                 if disk.exists(entry.path):
                     # It may hold a manifest, where the failure came after that was put in place.
-                    catalog.delete(entry)
+                    catalog.delete(entry, patience=_CLEAR_PATIENCE)
                 self._channel.forget(prefix)
             except (OSError, LastGoodError) as error:
                 _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", entry.path, error)

@@ -430,6 +430,11 @@ def file_size(path: Path) -> int:
     return os.stat(_native(path)).st_size
 
 
+def machine_guid() -> str:
+    """What tells this installation of Windows from others. Raises OSError on other systems."""
+    return disk_windows.machine_guid()
+
+
 def exists(path: Path) -> bool:
     return os.path.lexists(_native(path))
 

@@ -38,6 +38,7 @@ STALE_SECONDS = 60.0
 _RECORD = re.compile(r"(\d{8,})\.json")
 _BASE = re.compile(r"(\d{8,})\.base")
 _KEEP_RECORDS = 16
+_LOOK_SECONDS = 0.3
 _READ_LIMIT = 1 << 20
 
 
@@ -138,7 +139,7 @@ class Holder:
         """
         directory = run / "generations"
         disk.make_dirs(directory)
-        lock = disk.FileLock.try_acquire(run / "lock")
+        lock = _acquire(run)
         taken = generations(run)
         last = taken[-1] if taken else 0
         who = record(run, last) if last else None
@@ -226,9 +227,10 @@ class Holder:
         """Show that the job lives."""
         self._beats += 1
         try:
-            disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode())
+            # Not patiently: the next beat comes soon, and the thread that beats moves the messages too.
+            disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode(), patience=0)
         except OSError as error:
-            if not self._beat_failed:
+            if not self._beat_failed and not disk.is_held(error):
                 _log.warning("the heartbeat of %s could not be written: %s", self.run, error)
             self._beat_failed = True
         else:
@@ -253,11 +255,27 @@ class Holder:
         # The notes of the bases stay, a few bytes each: the branches of old checkpoints hang on them.
         for number in taken[:-_KEEP_RECORDS]:
             for kind in ("beat", "end", "json"):
-                disk.remove(_path(self.run, number, kind), missing_ok=True)
+                _remove(_path(self.run, number, kind))
         directory = self.run / "generations"
         for name in disk.names(directory):
             if is_temporary(name):
-                disk.remove(directory / name, missing_ok=True)
+                _remove(directory / name)
+
+
+def _remove(path: Path) -> None:
+    """Delete what is of no use. Where the system refuses, because a program has it open, the next job tries again."""
+    try:
+        disk.remove(path, missing_ok=True, patience=0)
+    except OSError as error:
+        _log.info("%s could not be deleted yet: %s", path, error)
+
+
+def _acquire(run: Path) -> disk.FileLock | None:
+    """The lock of a run, or None where another job holds it. A command that looks has it for a moment only."""
+    end = time.monotonic() + _LOOK_SECONDS
+    while (lock := disk.FileLock.try_acquire(run / "lock")) is None and time.monotonic() < end:
+        time.sleep(0.02)
+    return lock
 
 
 def _write(file: object, data: bytes) -> None:

@@ -18,6 +18,8 @@ from lastgood.errors import DamagedError, LastGoodError
 from lastgood.generation import Holder
 
 _log = logging.getLogger("lastgood")
+_PATIENCE = 1.0
+"""Seconds to wait for a program that has open what is to be deleted: it is tried again after every save."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +157,7 @@ class Retention:
         Raises:
             DamagedError: the newest checkpoint reads back damaged. Nothing was deleted.
         """
-        self._finish()
+        self.finish()
         known = self.known()
         branch = [entry.name for entry in catalog.lineage(newest, [k.entry for k in known])]
         doomed = choose(known, branch, self._keep)
@@ -183,7 +185,7 @@ class Retention:
                 gone += self._delete([k], "the disk has too little space for the next save")
         return gone
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Try again to give back the space of what is no checkpoint any more."""
         left, self._unfinished = self._unfinished, []
         for entry in left:
@@ -191,7 +193,7 @@ class Retention:
                 continue
             self._holder.check()
             try:
-                catalog.delete(entry)
+                catalog.delete(entry, patience=_PATIENCE)
             except OSError as error:
                 _log.warning("%s could not be deleted yet: %s", entry.path, error)
                 self._unfinished.append(entry)
@@ -201,7 +203,7 @@ class Retention:
         for k in doomed:
             self._holder.check()
             try:
-                catalog.delete(k.entry)
+                catalog.delete(k.entry, patience=_PATIENCE)
             except OSError as error:
                 # Another program has it open (Windows), or the disk refuses. It is tried again after the next save.
                 _log.warning("%s could not be deleted yet: %s", k.entry.path, error)

@@ -107,6 +107,10 @@ class Saver:
         """Clean up and bring the mirror up to date, for at most `seconds`."""
         if self.root is not None:
             self.root.clear()
+            try:
+                self.retention.finish()
+            except LastGoodError as error:
+                _log.warning("%s", error)
         if self._copier is not None and not self._copier.close(seconds):
             _log.warning("the mirror is not up to date; the next job catches it up")
         if self._scalars is not None:

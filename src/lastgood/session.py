@@ -15,6 +15,7 @@ from typing import Any
 from lastgood import catalog, disk, generation
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, PeerError
+from lastgood.files import temporary_name
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
@@ -170,15 +171,14 @@ class Session:
 
 def make_run(run: Path, group: int | None) -> None:
     """Make the run directory where it does not exist. Raises LastGoodError where that cannot be."""
-    if disk.exists(run) and not run.is_dir():
+    if disk.exists(run) and not disk.is_dir(run):
         raise LastGoodError(f"{run} is a file: a run is a directory. Move the file away or choose another name.")
     try:
         disk.make_dirs(run)
         disk.sync_names(run)
         if group is not None:
             disk.give_to_group(run, group)
-        probe = run / ".lastgood-write-test"
-        disk.remove(probe, missing_ok=True)
+        probe = temporary_name(run / "write-test")
         with disk.NewFile(probe):
             pass
         disk.remove(probe)
