@@ -144,7 +144,6 @@ def test_two_ranks_on_one_gpu_without_a_process_group_write_one_copy(tmp_path: P
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        lastgood.checkpointer._live.clear()
         ckpt = lastgood.Checkpointer(
             tmp_path, model=model, optimizer=optimizer, replicated=["*"], rank=number, world_size=2
         )
@@ -157,7 +156,7 @@ def test_two_ranks_on_one_gpu_without_a_process_group_write_one_copy(tmp_path: P
         thread.start()
     for thread in threads:
         thread.join(120)
-    model, optimizer = build()
+    model, _ = build()
     elements = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     copies = elements + 8 * parameters + 4 * len(list(model.parameters()))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import Objects, round_trip
 from torch import nn
 
 import lastgood
+from roundtrip import Objects, round_trip
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -169,7 +169,9 @@ def test_groups_keep_their_own_options(tmp_path: Path) -> None:
     def groups() -> Objects:
         model = net()
         parameters = list(model.parameters())
-        opt = torch.optim.AdamW([{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "betas": (0.5, 0.6)}])
+        opt = torch.optim.AdamW(
+            [{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "betas": (0.5, 0.6)}]
+        )
         return {"model": model, "opt": opt}
 
     def step(objects: Objects) -> torch.Tensor:

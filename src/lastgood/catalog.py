@@ -16,7 +16,7 @@ from lastgood import disk, generation, shard
 from lastgood.errors import DamagedError
 from lastgood.manifest import MAX_BYTES, NAME, Chunk, Manifest, parse
 
-_DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?")
+_DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -180,10 +180,24 @@ def damage(entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[i
     return found
 
 
-def delete(entry: Entry) -> None:
-    """Delete a checkpoint: the manifest first, durably, so that half a checkpoint never looks like a whole one."""
-    disk.remove(entry.path / NAME, missing_ok=True)
+def delete(entry: Entry, *, patience: float | None = None) -> None:
+    """Delete a checkpoint: the manifest first, durably, so that half a checkpoint never looks like a whole one.
+
+    Args:
+        patience: seconds to wait for a program that has one of the files open (Windows).
+
+    Raises:
+        OSError: something of it is still there; the manifest is the last to stay.
+    """
+    disk.remove(entry.path / NAME, missing_ok=True, patience=patience)
     disk.sync_dir(entry.path)
+    refused: OSError | None = None
     for name in disk.names(entry.path):
-        disk.remove(entry.path / name, missing_ok=True)
-    disk.remove_dir(entry.path)
+        try:
+            # A file that is held keeps its own space only: the others are given back now.
+            disk.remove(entry.path / name, missing_ok=True, patience=patience if refused is None else 0)
+        except OSError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    disk.remove_dir(entry.path, patience=patience)

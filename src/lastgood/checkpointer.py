@@ -14,19 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from lastgood import catalog, commit, disk, generation, program, random_state, stop
+from lastgood import arguments, catalog, commit, generation, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
+from lastgood.meeting import Meeting
 from lastgood.mirror import Mirror
-from lastgood.plan import structure
 from lastgood.restore import Restore, Restored
 from lastgood.retain import Keep
 from lastgood.saver import Saver
 from lastgood.session import Session
 from lastgood.snapshot import Snapshot
-from lastgood.state import Flattener, State
+from lastgood.state import Flattener, State, unsaved_parameters
 from lastgood.steady import Steady
 from lastgood.world import detect_world
 
@@ -36,7 +36,7 @@ _FAILURES = 3
 _EXIT_CODE = 74
 """Of a program that ends although its last save failed and nobody asked (sysexits: input/output error)."""
 
-_live: weakref.WeakValueDictionary[Path, Checkpointer] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[Path, int], Checkpointer] = weakref.WeakValueDictionary()
 
 
 class Checkpointer:
@@ -56,7 +56,7 @@ class Checkpointer:
         gradients: save the gradients too: for saves inside an accumulation window.
         replicated: patterns (fnmatch) of tensor names that are the same on every rank, beside what DDP holds.
         local: patterns of tensor names of which every rank has its own.
-        leave_out: patterns of state paths that are not saved.
+        leave_out: patterns of state paths that are neither saved nor changed by a restore.
         writers: how many ranks share the writing of replicated tensors; all by default.
         deadline: seconds for which a save waits for a rank.
         busy: what :meth:`save` does while the save before it is still being written: "wait" for it, or "skip" this one.
@@ -98,24 +98,36 @@ class Checkpointer:
     ) -> None:
         self.run = Path(run).absolute()
         self.world = detect_world(rank, world_size)
-        self.keep = keep or Keep()
+        self.keep = arguments.check_keep(keep)
         self.deadline = deadline
         self.stop_file_seen = False
         self.metrics: dict[str, float] = {}
         """Values that the next save of :meth:`steps` records; change it freely."""
-        self._check_arguments(every, minutes, writers, deadline, busy)
+        arguments.check_options(
+            every=every,
+            minutes=minutes,
+            writers=writers,
+            deadline=deadline,
+            busy=busy,
+            stop_code=stop_code,
+            stale=stale,
+        )
+        arguments.check_objects(objects)
         self._every, self._minutes, self._busy, self._stop_code = every, minutes, busy, stop_code
         self._objects: dict[str, Any] = dict(objects)
-        self._flattener = (replicated, local, leave_out)
+        self._patterns = {
+            name: arguments.check_patterns(name, patterns)
+            for name, patterns in (("replicated", replicated), ("local", local), ("leave_out", leave_out))
+        }
         self._gradients = gradients
-        self._flatten()  # What cannot be saved is refused now, not after hours of training.
+        state = self._flatten()  # What cannot be saved is refused now, not after hours of training.
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
         self._steady = Steady(self._snapshot.wait)
         self._steady.watch(self._objects)
         self._handle: SaveHandle | None = None
-        self._fingerprint: object = None
+        self._saved_objects: object = None
         self._thread: threading.Thread | None = None
         self._tries: dict[int, int] = {}
         self._restores = 0
@@ -124,14 +136,25 @@ class Checkpointer:
         self._closed = False
         self._forked = False
         show_log(self.world.rank)
-        former = _live.get(self.run)
+        for name, labels in unsaved_parameters(self._objects, state).items() if self.world.rank == 0 else ():
+            _log.warning(
+                "%s optimizes %d parameters that belong to no registered module, first %s: their values are not saved. "
+                "Register the module too.",
+                name,
+                len(labels),
+                labels[0],
+            )
+        # The same directory under another name is the same run: its lock cannot tell.
+        self._key = (Path(os.path.realpath(self.run)), self.world.rank)
+        former = _live.get(self._key)
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
             former._abandon()
         mirror_path = Path(self._mirror.path) if self._mirror else None
-        self._session = Session(self.run, self.world, deadline, mirror_path, _group(group), stale)
+        self._session = Session(self.run, self.world, deadline, mirror_path, arguments.group_number(group), stale)
         self.channel = self._session.channel
-        _live[self.run] = self
+        self.meeting = Meeting(self.world, self.channel, deadline)
+        _live[self._key] = self
         try:
             self._saver = Saver(
                 self.run,
@@ -140,7 +163,7 @@ class Checkpointer:
                 keep=self.keep,
                 writers=range(min(writers or self.world.size, self.world.size)),
                 mirror=self._mirror,
-                group=_group(group),
+                group=arguments.group_number(group),
                 tensorboard=tensorboard,
             )
             if self.world.rank == 0:
@@ -151,16 +174,6 @@ class Checkpointer:
             self._session.close()
             self._closed = True
             raise
-
-    @staticmethod
-    def _check_arguments(
-        every: int | None, minutes: float | None, writers: int | None, deadline: float, busy: str
-    ) -> None:
-        for name, value in (("every", every), ("minutes", minutes), ("writers", writers), ("deadline", deadline)):
-            if value is not None and not value > 0:
-                raise LastGoodError(f"Checkpointer({name}={value!r}): it must be greater than 0")
-        if busy not in ("wait", "skip"):
-            raise LastGoodError(f'Checkpointer(busy={busy!r}): it is "wait" or "skip"')
 
     # -- properties -----------------------------------------------------------------------------------------------
 
@@ -180,6 +193,7 @@ class Checkpointer:
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Register an object, or change a plain value."""
+        arguments.check_objects({name: value})
         self._objects[name] = value
         self._steady.watch({name: value})
 
@@ -202,12 +216,24 @@ class Checkpointer:
             PeerError: a rank did not take part.
         """
         self._check_open()
+        arguments.check_restore_step(step)
         self._finish_save()
         key = f"restore/{self.generation}/{self._restores}"
         self._restores += 1
         began = time.monotonic()
         mirror = Path(self._mirror.path) if self._mirror else None
-        restore = Restore(self.run, mirror, self.world, self.channel, self._objects, strict, key, self._saver.report)
+        restore = Restore(
+            self.run,
+            mirror,
+            self.world,
+            self.channel,
+            self._objects,
+            strict,
+            key,
+            self.deadline,
+            self._saver.report,
+            self._patterns["leave_out"],
+        )
         restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
         self._settle(restored, key)
@@ -217,7 +243,7 @@ class Checkpointer:
                 _log.info("%s is a new run: starting at step 0", self.run)
             return 0
         self._saver.parent, self._last_step = restored.entry.name, restored.manifest.step
-        self._fingerprint, self._handle = None, None
+        self._handle = None
         self._restore_random(restored)
         if self.world.rank == 0:
             seconds = time.monotonic() - began
@@ -283,14 +309,15 @@ class Checkpointer:
         began = time.monotonic()
         self._check_open()
         self._check_step(step)
-        metrics = _numbers(self.metrics if metrics is None else metrics)
+        metrics = arguments.check_metrics(self.metrics if metrics is None else metrics)
         state = self._flatten(gradients=self._gradients)
-        fingerprint = _fingerprint(step, state)
         if step == self._last_step and self._handle is not None and self._handle.state in ("pending", "committed"):
-            return self._same_again(step, fingerprint, blocking)
+            return self._same_again(step, state, blocking)
         self.channel.post(f"here/{self.generation}", step)
         handle = SaveHandle(step)
-        if self._busy == "skip" and not blocking and not self._saver.buffer_free.is_set():
+        tries = self._tries.get(step, 0)
+        if self._busy == "skip" and not blocking and self._saver.skips(step, tries, self.deadline):
+            self._tries = {step: tries + 1}
             handle._decide("skipped", None, None)
             _log.info("step %d is not saved: the save before it is still being written", step)
             return handle
@@ -299,7 +326,7 @@ class Checkpointer:
         self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
         request = commit.Request(
             step=step,
-            tries=self._tries.get(step, 0),
+            tries=tries,
             objects=state.objects,
             kinds=state.kinds,
             random=random_state.capture(),
@@ -312,14 +339,10 @@ class Checkpointer:
             buffer=self._snapshot,
             deadline=self.deadline,
         )
-        self._tries = {step: self._tries.get(step, 0) + 1}
-        self._last_step, self._fingerprint, self._handle = step, fingerprint, handle
-        self._saver.buffer_free.clear()
+        self._tries = {step: tries + 1}
+        self._last_step, self._saved_objects, self._handle = step, state.objects, handle
         handle.stall = time.monotonic() - began
-        # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
-        arguments = (request, handle, self._thread)
-        self._thread = threading.Thread(target=self._saver.write, args=arguments, name="lastgood-save")
-        self._thread.start()
+        self._thread = self._saver.start(request, handle, self._thread)
         if blocking:
             handle.wait()
         return handle
@@ -353,10 +376,10 @@ class Checkpointer:
                     "first save, so that the job continues from them, or use another directory to start anew."
                 )
 
-    def _same_again(self, step: int, fingerprint: object, blocking: bool) -> SaveHandle:
+    def _same_again(self, step: int, state: State, blocking: bool) -> SaveHandle:
         """A step that is saved twice: the first save serves, when nothing has changed since."""
         assert self._handle is not None
-        if fingerprint != self._fingerprint:
+        if state.objects != self._saved_objects or not self._snapshot.holds(state.tensors):
             raise LastGoodError(
                 f"save(step={step}): this step was already saved, and the state has changed since. Count the steps up, "
                 "or save each one once."
@@ -437,9 +460,11 @@ class Checkpointer:
             return
         self._finish_save()
         self._closed = True
+        self._steady.close()
+        self._snapshot.close()
         self._saver.close(self.deadline)
         self._session.close()
-        _live.pop(self.run, None)
+        _live.pop(self._key, None)
         handle = self._handle
         if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
             handle.result()
@@ -455,7 +480,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
-        if value is None:
+        if value is None or (isinstance(value, SystemExit) and value.code in (None, 0)):
+            # A program that says that all is well must not end so when its last save failed.
             self.close()
         else:
             # The program's own error is the one to show.
@@ -464,10 +490,7 @@ class Checkpointer:
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _flatten(self, gradients: bool = False) -> State:
-        replicated, local, leave_out = self._flattener
-        flattener = Flattener(
-            self._objects, world_size=self.world.size, replicated=replicated, local=local, leave_out=leave_out
-        )
+        flattener = Flattener(self._objects, world_size=self.world.size, **self._patterns)
         return flattener.flatten(gradients=gradients)
 
     def _check_open(self) -> None:
@@ -480,49 +503,21 @@ class Checkpointer:
             raise LastGoodError("the Checkpointer is closed")
 
 
-def _fingerprint(step: int, state: State) -> object:
-    """What shows whether a state has changed since: a sign, not a proof."""
-    versions = tuple((name, t.tensor.data_ptr(), t.tensor._version) for name, t in state.tensors.items())
-    return step, versions, structure(state.tensors)
-
-
-def _numbers(metrics: dict[str, float]) -> dict[str, float]:
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise LastGoodError(f"metrics[{name!r}] is {value!r}: a metric is one number") from error
-    return numbers
-
-
-def _group(group: str | int | None) -> int | None:
-    if group is None or isinstance(group, int):
-        return group
-    if disk.WINDOWS:
-        raise LastGoodError("group= names a POSIX group; on Windows, set the permissions of the run directory")
-    import grp
-
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError as error:
-        raise LastGoodError(f"there is no group {group!r} on this machine") from error
-
-
 def _at_exit() -> None:
     """The program ends without close(): give the runs back, and be loud where a promise was not kept."""
-    failed = None
+    failed: BaseException | None = None
     for checkpointer in list(_live.values()):
         if not checkpointer._closed and not checkpointer._forked:
             try:
                 checkpointer.close()
-            except LastGoodError as error:
+            except BaseException as error:
                 failed = error
     if failed is not None:
         print(f"lastgood: the program ends, and its last save failed: {failed}", file=sys.stderr)
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # A program without a console (pythonw) has none.
+                stream.flush()
         os._exit(_EXIT_CODE)
 
 

@@ -6,22 +6,21 @@ where training uses them.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
-from lastgood import disk, shard, values
+from lastgood import values
 from lastgood.catalog import Entry
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
-from lastgood.manifest import Chunk, Manifest, RankRecord
+from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
+from lastgood.manifest import Manifest, RankRecord
+from lastgood.reading import Want, read_wanted
 from lastgood.state import (
     Flattener,
     LocalTensor,
@@ -29,23 +28,14 @@ from lastgood.state import (
     clean_names,
     kind_of,
     local_part,
+    matches,
+    memory_key,
     optimizer_names,
     parameter_names,
     unwrap,
 )
 from lastgood.values import Json, tensor_names
 from lastgood.world import World
-
-_THREADS = min(8, (os.cpu_count() or 1) + 2)
-
-
-@dataclass(frozen=True, slots=True)
-class _Want:
-    """A box of a saved tensor, and where it goes."""
-
-    name: str
-    target: torch.Tensor
-    offsets: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -57,12 +47,22 @@ class Loading:
     objects: dict[str, Any]
     world: World
     strict: bool
+    leave_out: Sequence[str] = ()
+    """Patterns of state paths that keep their present values."""
     notes: list[str] = field(default_factory=list)
     """What was not carried over, in sentences."""
     _problems: list[str] = field(default_factory=list)
-    _wants: list[_Want] = field(default_factory=list)
+    _wants: list[Want] = field(default_factory=list)
     _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
     _current: dict[str, LocalTensor] = field(default_factory=dict)
+    _states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By module, the state_dict into whose tensors is read."""
+    _unfit: set[str] = field(default_factory=set)
+    """Tensors of modules that do not fit."""
+    _converted: set[str] = field(default_factory=set)
+    """Tensors of modules that have another type than they were saved with."""
+    _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
+    """By memory of a module's tensor, its path and the saved tensor that goes there."""
 
     def prepare(self) -> None:
         """Compare names, types and shapes. Changes nothing.
@@ -71,9 +71,13 @@ class Loading:
             MismatchError: something does not fit; all of it is listed.
             DamagedError: the manifest refers to tensors that it does not have.
         """
-        self._current = Flattener(self.objects, world_size=self.world.size).flatten().tensors
+        flattener = Flattener(self.objects, world_size=self.world.size, leave_out=self.leave_out)
+        self._current = flattener.flatten().tensors
         names = parameter_names(self.objects)
-        for name, value in self.objects.items():
+        # Modules first: what does not fit of them is not restored in optimizers either.
+        for name, value in sorted(self.objects.items(), key=lambda item: kind_of(item[1]) != "module"):
+            if matches(name, self.leave_out):
+                continue
             if name not in self.manifest.objects:
                 self._problem(f"{name} is not in the checkpoint")
                 continue
@@ -88,7 +92,7 @@ class Loading:
                     self._prepare_optimizer(name, value, names)
                 else:
                     self._want_tree(self._tree(name))
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise DamagedError(f"{self.entry.path}: the state of {name} has no valid form: {error!r}") from error
         for name in self.manifest.objects:
             if name not in self.objects:
@@ -107,23 +111,39 @@ class Loading:
         Raises:
             DamagedError: a byte on disk is not what was saved. The objects may be half changed by then.
         """
-        self._read()
+        read_wanted(self.entry, self.manifest, self._wants)
         restored: dict[str, Any] = {}
+        taken: set[Any] = set()
         for name, value in self.objects.items():
-            if name not in self.manifest.objects or kind_of(value) != self.manifest.kinds.get(name):
+            if kind_of(value) != self.manifest.kinds.get(name) or matches(name, self.leave_out):
                 continue
-            kind = kind_of(value)
-            if kind == "module":
-                self._finish_module(name, value)
-            elif kind == "optimizer":
-                self._finish_optimizer(name, value)
-            elif kind == "generator":
-                value.set_state(self._decode(self._tree(name)))
-            elif kind == "stateful":
-                value.load_state_dict(self._decode(self._tree(name)))
-            else:
-                restored[name] = _into_value(value, self._decode(self._tree(name)))
+            try:
+                self._finish(name, value, restored, taken)
+            except (LastGoodError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                # torch's CheckpointException is no Exception.
+                raise LastGoodError(
+                    f"{self.entry.path}: {name} did not take its state ({type(error).__name__}: {error}). The objects "
+                    "of this job may be partly overwritten: do not train on with them."
+                ) from error
         return restored
+
+    def _finish(self, name: str, value: Any, restored: dict[str, Any], taken: set[Any]) -> None:
+        """Hand its state to one object."""
+        kind = kind_of(value)
+        if kind == "module":
+            self._finish_module(name, value)
+        elif kind == "optimizer":
+            self._finish_optimizer(name, value)
+        elif kind == "generator":
+            value.set_state(self._decode(self._tree(name)))
+        elif kind == "stateful":
+            present = value.state_dict() if self.leave_out else None
+            value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
+        else:
+            saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
+            restored[name] = into_value(value, saved, taken)
 
     def random(self) -> Json:
         """This rank's saved random state, or None where there is none."""
@@ -167,15 +187,18 @@ class Loading:
         renames = clean_names(module)
         saved = dict(self._tree(name)["state"])
         parameters = {clean(key, renames) for key, _ in module.named_parameters(remove_duplicate=False)}
-        filled: dict[int, tuple[str, str]] = {}
-        for key, tensor in module.state_dict().items():
+        self._states[name] = dict(module.state_dict())
+        for key, tensor in self._states[name].items():
             key = clean(key, renames)
             path = f"{name}.{key}"
+            if matches(path, self.leave_out):
+                saved.pop(key, None)
+                continue
             if key not in saved:
                 self._problem(f"{path} is not in the checkpoint")
                 continue
             tree = saved.pop(key)
-            if not isinstance(tensor, torch.Tensor):
+            if is_value(key, tensor):
                 self._want_tree(tree)
                 continue
             if not isinstance(tree, dict) or tree.get("$") != "tensor":
@@ -183,15 +206,18 @@ class Loading:
                 continue
             self._check_carried(tree["v"], key in parameters)
             local = local_part(tensor, path)
-            other = filled.setdefault(local.tensor.data_ptr(), (path, tree["v"])) if local.tensor.numel() else None
-            if other is not None and other[1] != tree["v"]:
+            memory = memory_key(local.tensor) if local.tensor.numel() else (path,)
+            other = self._filled.setdefault(memory, (path, tree["v"]))
+            if other[1] != tree["v"]:
                 self._problem(f"{path} and {other[0]} are one tensor here, and were saved with different values")
-            elif other is None or other[0] == path:
+            elif other[0] == path:
                 self._want(path, tree["v"], local)
         for key in saved:
-            self._problem(f"{name}.{key} is in the checkpoint but not in the model")
-        for tree in self._tree(name).get("gradients", {}).values():
-            self._want_tree(tree)
+            if not matches(f"{name}.{key}", self.leave_out):
+                self._problem(f"{name}.{key} is in the checkpoint but not in the model")
+        by_key = {clean(key, renames): parameter for key, parameter in module.named_parameters()}
+        for key, tree in self._tree(name).get("gradients", {}).items():
+            self._want_tree(tree, by_key.get(key))
 
     def _want(self, path: str, name: str, local: LocalTensor) -> None:
         record = self.manifest.tensors[self._resolve(name)]
@@ -199,8 +225,12 @@ class Loading:
         there = f"{str(DTYPES[record.dtype]).removeprefix('torch.')} {list(record.shape)}"
         if record.shape != local.shape or (self.strict and DTYPES[record.dtype] != local.tensor.dtype):
             self._problem(f"{path} is {there} in the checkpoint and {here} here")
+            self._unfit.add(path)
         else:
-            self._wants.append(_Want(self._resolve(name), local.tensor, local.offsets))
+            if DTYPES[record.dtype] != local.tensor.dtype:
+                self.notes.append(f"{path} is {there} in the checkpoint: converted to {here}")
+                self._converted.add(path)
+            self._wants.append(Want(self._resolve(name), local.tensor, local.offsets))
 
     def _prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
         here, there = optimizer.param_groups, self._tree(name)["groups"]
@@ -217,11 +247,14 @@ class Loading:
         parameters = [parameter for group in here for parameter in group["params"]]
         by_label = dict(zip(optimizer_names(name, optimizer, names), parameters, strict=True))
         for label, held in self._tree(name)["state"].items():
+            if label in self._unfit:
+                self.notes.append(f"{name}: the state of {label} is not restored, since that does not fit")
+                continue
             for tensor in tensor_names(held):
                 self._check_carried(tensor, essential=True)
             self._want_tree(held, by_label.get(label))
         self._want_tree([saved["options"] for saved in there])
-        self._want_tree(self._tree(name)["extra"])
+        self._want_tree([self._tree(name)["shared"], self._tree(name)["extra"]])
 
     def _want_tree(self, tree: Json, like: torch.Tensor | None = None) -> None:
         """Want all tensors of a tree: into the memory of the present state where it has the same, else into new one.
@@ -237,59 +270,8 @@ class Loading:
                 spread = like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape
                 new = torch.empty_like(like, dtype=dtype) if spread else torch.empty(record.shape, dtype=dtype)  # type: ignore[arg-type]
                 current = local_part(new, name)
-            self._wants.append(_Want(self._resolve(name), current.tensor, current.offsets))
+            self._wants.append(Want(self._resolve(name), current.tensor, current.offsets))
             self._loaded[name] = current.whole
-
-    # -- reading --------------------------------------------------------------------------------------------------
-
-    def _read(self) -> None:
-        files: list[BinaryIO] = []
-        try:
-            for record in self.manifest.shards:
-                path = self.entry.path / record.file
-                shard.check_size(path, record)
-                shard.check_header(path, record)
-                files.append(disk.open_read(path))
-            jobs = [
-                (want, chunk)
-                for want in self._wants
-                for chunk in self.manifest.tensors[want.name].chunks
-                if _overlap(chunk, want) is not None
-            ]
-            # From the front of each file to its end, as disks like it.
-            jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
-            with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
-                for _ in pool.map(lambda job: self._read_chunk(files[job[1].shard], *job), jobs):
-                    continue
-        except OSError as error:
-            raise DamagedError(f"{self.entry.path} cannot be read: {error}") from error
-        finally:
-            for file in files:
-                file.close()
-
-    def _read_chunk(self, file: BinaryIO, want: _Want, chunk: Chunk) -> None:
-        box = _overlap(chunk, want)
-        assert box is not None
-        target = want.target
-        for dimension, (begin, end) in enumerate(box):
-            offset = want.offsets[dimension]
-            target = target.narrow(dimension, begin - offset, end - begin)
-        path = self.entry.path / self.manifest.shards[chunk.shard].file
-        record = self.manifest.tensors[want.name]
-        complete = tuple(target.shape) == chunk.shape
-        direct = complete and target.device.type == "cpu" and target.is_contiguous()
-        if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
-            view = bytes_of(target)
-            shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
-            return
-        whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
-        view = bytes_of(whole)
-        shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
-        part = whole
-        for dimension, (begin, end) in enumerate(box):
-            part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
-        with torch.no_grad():
-            target.copy_(part)
 
     # -- finishing ------------------------------------------------------------------------------------------------
 
@@ -300,17 +282,19 @@ class Loading:
         module = unwrap(value)
         renames = clean_names(module)
         saved = self._tree(name)["state"]
-        state = module.state_dict()
+        state = self._states[name]
         extra = {
             key: self._decode(saved[clean(key, renames)])
             for key, item in state.items()
-            if not isinstance(item, torch.Tensor) and clean(key, renames) in saved
+            if is_value(key, item) and clean(key, renames) in saved
         }
-        if extra or not _is_plain(module, state):
+        if extra or not is_plain(module, state):
             # It has values, hooks, or tensors that state_dict computes: the module must be told.
             module.load_state_dict({**state, **extra}, strict=False)
         gradients = self._tree(name).get("gradients", {})
         for key, parameter in module.named_parameters():
+            if "gradients" in self._tree(name):
+                parameter.grad = None
             if clean(key, renames) in gradients:
                 gradient = self._decode(gradients[clean(key, renames)])
                 parameter.grad = gradient.to(parameter.device)
@@ -320,12 +304,15 @@ class Loading:
         labels = optimizer_names(name, optimizer, parameter_names(self.objects))
         index_of = {label: index for index, label in enumerate(labels)}
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[Any, Any] = {}
-        for label, held in tree["state"].items():
-            if label in index_of:
-                state[index_of[label]] = self._decode(held)
-            elif not label.startswith(tuple(f"{n}." for n in self.objects)):
-                state[label] = self._decode(held)
+        present = optimizer.state_dict()["state"] if self.leave_out else {}
+        state = {}
+        for label, index in index_of.items():
+            path = f"{name}.state.{label}"
+            if matches(path, self.leave_out):
+                state.update({index: present[index]} if index in present else {})
+            elif label in tree["state"] and label not in self._unfit:
+                saved_state = self._decode(tree["state"][label])
+                state[index] = keep_left_out(present.get(index), saved_state, path, self.leave_out)
         groups, at = [], 0
         for number, group in enumerate(optimizer.param_groups):
             count = len(group["params"])
@@ -333,65 +320,11 @@ class Loading:
             options = {key: option for key, option in group.items() if key != "params"}
             groups.append({**options, **self._decode(saved), "params": list(range(at, at + count))})
             at += count
-        optimizer.load_state_dict({**self._decode(tree["extra"]), "state": state, "param_groups": groups})
-        # torch casts floating state to the type of its parameter: of a bfloat16 model with float32 moments that would
-        # lose bits. What was saved is put back as it was.
+        whole = {"state": {**state, **self._decode(tree["shared"])}, "param_groups": groups}
+        optimizer.load_state_dict({**self._decode(tree["extra"]), **whole})
         for index, held in state.items():
-            if type(index) is not int:
-                continue
-            live = optimizer.state[parameters[index]]
-            for key, item in held.items():
-                cast = live.get(key)
-                if isinstance(item, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != item.dtype:
-                    live[key] = item.to(cast.device)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor. The tensor must outlive the view."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-
-
-def _overlap(chunk: Chunk, want: _Want) -> list[tuple[int, int]] | None:
-    """The box that a chunk and a target have in common, as begin and end in each dimension."""
-    box = []
-    for offset, size, start, length in zip(chunk.offsets, chunk.shape, want.offsets, want.target.shape, strict=True):
-        begin, end = max(offset, start), min(offset + size, start + length)
-        if begin >= end:
-            return None
-        box.append((begin, end))
-    return box
-
-
-def _is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
-    """Whether every tensor of the state_dict is the memory of a parameter or buffer, and nothing wants to hear."""
-    owned = {t.data_ptr() for t in [*module.parameters(), *module.buffers()] if type(t).__name__ != "DTensor"}
-    for tensor in state.values():
-        if type(tensor).__name__ != "DTensor" and tensor.numel() and tensor.data_ptr() not in owned:
-            return False
-    for child in module.modules():
-        hooks = getattr(child, "_load_state_dict_pre_hooks", None), getattr(child, "_load_state_dict_post_hooks", None)
-        if any(hooks):
-            return False
-    return True
-
-
-def _into_value(value: Any, saved: Any) -> Any:
-    """A restored plain value; dicts, lists and tensors are changed in place, so that all who hold them see it."""
-    if type(value) is dict and type(saved) is dict:
-        value.clear()
-        value.update(saved)
-        return value
-    if type(value) is list and type(saved) is list:
-        value[:] = saved
-        return value
-    if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
-        with torch.no_grad():
-            value.copy_(saved)
-        return value
-    return saved
+            if labels[index] not in self._converted:
+                optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
 
 
 def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -408,8 +341,8 @@ def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict
         record = manifest.tensors[name]
         target = torch.empty(record.shape, dtype=DTYPES[record.dtype])
         loading._loaded[name] = target
-        loading._wants.append(_Want(name, target, (0,) * len(record.shape)))
-    loading._read()
+        loading._wants.append(Want(name, target, (0,) * len(record.shape)))
+    read_wanted(entry, manifest, loading._wants)
     return dict(loading._loaded)
 
 

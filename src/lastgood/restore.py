@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,15 +54,31 @@ class Restore:
     strict: bool
     key: str
     """Message prefix of this call."""
+    deadline: float
+    """Seconds for which a rank waits for the others to call restore."""
     report: Callable[[str, Entry, str], None]
+    leave_out: Sequence[str] = ()
 
     def run_root(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         """Rank 0: choose, load, and let the others load the same."""
         try:
+            self._meet()
             return self._choose_and_load(step, keep)
         except BaseException as error:
             self.channel.post(f"{self.key}/failed", str(error))
             raise
+
+    def _meet(self) -> None:
+        """Rank 0: all ranks must have called restore before anything happens."""
+        self.channel.post(f"{self.key}/begin", True)
+        others = range(1, self.world.size)
+        here = self.channel.collect(f"{self.key}/here", others, time.monotonic() + self.deadline)
+        for rank in others:
+            if rank not in here:
+                why = self.channel.why_gone(rank) or f"it did not come within {self.deadline:.0f} s"
+                raise PeerError(
+                    f"rank {rank} did not call restore(): {why}. Every rank must call it. Nothing was changed."
+                )
 
     def _choose_and_load(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         known, newest = self._known(), self._newest()
@@ -138,7 +154,7 @@ class Restore:
         self.channel.post(f"{self.key}/{number}", {"name": entry.name, "place": place, "attempt": manifest.attempt})
         end = time.monotonic() + LOAD_SECONDS
         others = range(1, self.world.size)
-        loading = Loading(entry, manifest, self.objects, self.world, self.strict)
+        loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out)
         # First vote: does it fit? Nothing is changed before every rank said yes.
         vote = self._vote(loading.prepare)
         self._count(vote, self.channel.collect(f"{self.key}/{number}/fits", others, end), entry)
@@ -158,7 +174,12 @@ class Restore:
             return {"mismatch": str(error)}
         except DamagedError as error:
             return {"damaged": str(error)}
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except LastGoodError as error:
+            return {"failed": str(error)}
+        except BaseException as error:
+            # torch's CheckpointException is no Exception.
             return {"failed": f"{type(error).__name__}: {error}"}
         return {}
 
@@ -178,6 +199,11 @@ class Restore:
 
     def run_member(self) -> Restored:
         """Another rank: load what rank 0 proposes, until all could."""
+        self.channel.post(f"{self.key}/here", True)
+        try:
+            self.channel.receive_any([f"{self.key}/begin", f"{self.key}/failed"], time.monotonic() + self.deadline)
+        except PeerError as error:
+            raise PeerError(f"rank 0 did not call restore(): {error}. Every rank must call it.") from error
         number = 0
         while True:
             proposal = self._hear(str(number))
@@ -202,7 +228,7 @@ class Restore:
             manifest = catalog.check_quick(entry)
             if manifest.attempt != proposal["attempt"]:
                 raise LastGoodError(f"{entry.path} is another checkpoint here than on rank 0: another disk?")
-            loading = Loading(entry, manifest, self.objects, self.world, self.strict)
+            loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out)
             loading.prepare()
 
         self.channel.post(f"{key}/fits", self._vote(prepare))

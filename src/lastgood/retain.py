@@ -18,6 +18,8 @@ from lastgood.errors import DamagedError, LastGoodError
 from lastgood.generation import Holder
 
 _log = logging.getLogger("lastgood")
+_PATIENCE = 1.0
+"""Seconds to wait for a program that has open what is to be deleted: it is tried again after every save."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,14 @@ class Keep:
     """Delete the oldest until the run has at most so many bytes, whatever the other rules say; two always stay."""
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("last", self.last),
+            ("best", self.best),
+            ("every", self.every),
+            ("max_bytes", self.max_bytes),
+        ):
+            if type(value) is not int and (value is not None or name in ("last", "best")):
+                raise LastGoodError(f"Keep({name}={value!r}): it is a whole number")
         if self.last < 0 or self.best < 0:
             raise LastGoodError("Keep(last=, best=) count checkpoints: they cannot be negative")
         if self.last == 0 and self.best == 0 and self.every is None:
@@ -137,13 +147,17 @@ class Retention:
             found.append(self._known[entry.name])
         return found
 
+    def learn(self, entry: Entry, metrics: Mapping[str, float], size: int) -> None:
+        """Note what was just committed: its manifest need not be read again for that."""
+        self._known[entry.name] = Known(entry, metrics, size)
+
     def apply(self, newest: Entry) -> list[str]:
         """Verify the newest checkpoint and delete what the policy does not want. Returns the deleted names.
 
         Raises:
             DamagedError: the newest checkpoint reads back damaged. Nothing was deleted.
         """
-        self._finish()
+        self.finish()
         known = self.known()
         branch = [entry.name for entry in catalog.lineage(newest, [k.entry for k in known])]
         doomed = choose(known, branch, self._keep)
@@ -171,7 +185,7 @@ class Retention:
                 gone += self._delete([k], "the disk has too little space for the next save")
         return gone
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Try again to give back the space of what is no checkpoint any more."""
         left, self._unfinished = self._unfinished, []
         for entry in left:
@@ -179,7 +193,7 @@ class Retention:
                 continue
             self._holder.check()
             try:
-                catalog.delete(entry)
+                catalog.delete(entry, patience=_PATIENCE)
             except OSError as error:
                 _log.warning("%s could not be deleted yet: %s", entry.path, error)
                 self._unfinished.append(entry)
@@ -189,7 +203,7 @@ class Retention:
         for k in doomed:
             self._holder.check()
             try:
-                catalog.delete(k.entry)
+                catalog.delete(k.entry, patience=_PATIENCE)
             except OSError as error:
                 # Another program has it open (Windows), or the disk refuses. It is tried again after the next save.
                 _log.warning("%s could not be deleted yet: %s", k.entry.path, error)

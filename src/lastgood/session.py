@@ -15,14 +15,15 @@ from typing import Any
 from lastgood import catalog, disk, generation
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, PeerError
+from lastgood.files import temporary_name
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
 from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
-_joined: dict[Path, int] = {}
-"""By run, the last generation that this process joined: a later Checkpointer waits for a later one."""
+_joined: dict[tuple[Path, int], int] = {}
+"""By run and rank, the last generation that this process joined: a later Checkpointer waits for a later one."""
 _DISK_SECONDS = 10.0
 """A network file system may show a new file so much later."""
 
@@ -46,7 +47,7 @@ class Session:
         except BaseException:
             self.close()
             raise
-        _joined[run] = self.generation
+        _joined[run, world.rank] = self.generation
 
     # -- rank 0 ---------------------------------------------------------------------------------------------------
 
@@ -82,6 +83,7 @@ class Session:
                 "rank must make one, at the same point of the program."
             )
         self.channel.post("start", {"problem": problem, "generation": self.generation})
+        self.channel.admit_no_more()
         if problem:
             raise PeerError(problem)
 
@@ -109,8 +111,8 @@ class Session:
     def advance(self) -> None:
         """Begin the next generation: after a roll-back."""
         assert self.holder is not None
-        self.holder.advance(self._world, {})
-        self.generation = _joined[self._run] = self.holder.number
+        self.holder.advance(self._world)
+        self.generation = _joined[self._run, self._world.rank] = self.holder.number
 
     def clear_left_overs(self, events: Events) -> None:
         """Delete what saves of earlier lives left behind: directories without a manifest, which nobody will finish."""
@@ -128,7 +130,7 @@ class Session:
     # -- another rank ---------------------------------------------------------------------------------------------
 
     def _join(self, end: float) -> None:
-        after = _joined.get(self._run, 0)
+        after = _joined.get((self._run, self._world.rank), 0)
 
         def find() -> list[Json]:
             seen = [_published(self._run)]
@@ -169,15 +171,14 @@ class Session:
 
 def make_run(run: Path, group: int | None) -> None:
     """Make the run directory where it does not exist. Raises LastGoodError where that cannot be."""
-    if disk.exists(run) and not run.is_dir():
+    if disk.exists(run) and not disk.is_dir(run):
         raise LastGoodError(f"{run} is a file: a run is a directory. Move the file away or choose another name.")
     try:
         disk.make_dirs(run)
         disk.sync_names(run)
         if group is not None:
             disk.give_to_group(run, group)
-        probe = run / ".lastgood-write-test"
-        disk.remove(probe, missing_ok=True)
+        probe = temporary_name(run / "write-test")
         with disk.NewFile(probe):
             pass
         disk.remove(probe)

@@ -6,7 +6,6 @@ tensors there are no holes, as the safetensors library demands.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import threading
@@ -20,7 +19,7 @@ import xxhash
 from lastgood import disk
 from lastgood.disk import PAGE
 from lastgood.errors import DamagedError
-from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum
+from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum, compact
 
 _BLOCK = 8 << 20
 # Bytes that are read or written at a time.
@@ -58,13 +57,16 @@ def header(pieces: Sequence[Piece]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "writer": "lastgood"}}
     at = 0
     for piece in pieces:
-        entries[piece.entry] = {
+        name = piece.entry
+        while name in entries:
+            name += "+"  # A name of the state may be the one key that safetensors reserves, or look like a part's.
+        entries[name] = {
             "dtype": piece.dtype,
             "shape": list(piece.shape),
             "data_offsets": [at, at + piece.size],
         }
         at += piece.size
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = compact(entries).encode()
     length = -(-(8 + len(text)) // PAGE) * PAGE - 8
     return length.to_bytes(8, "little") + text.ljust(length)
 

@@ -19,13 +19,14 @@ from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece
-from lastgood.state import LocalTensor
+from lastgood.state import LocalTensor, Placement
+from lastgood.steady import OVERLAP_BYTES
 
-OVERLAP_BYTES = 256 << 10
-"""Smaller tensors are copied at once: that takes no longer than to arrange for the copy."""
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
 _SAMPLES = 4
+_PLANS = 16
+# Layouts that are remembered.
 
 
 @dataclass(slots=True)
@@ -37,20 +38,25 @@ class _Late:
     version: int
     sample: bytes
 
+    def changed(self) -> bool:
+        return self.source._version != self.version or _sample(self.source) != self.sample
+
 
 class Snapshot:
     """The host buffer of one rank, the layout by which it is filled, and the filling.
 
-    The layout and the typed views into the buffer are made once and used again as long as the structure of the state
-    is the same: a save of many small tensors then costs one copy each and nothing else.
+    A layout and its typed views into the buffer are made once for every division of the writing, and used again as
+    long as the structure of the state is the same: a save of many small tensors then costs one copy each and nothing
+    else.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._plans: dict[tuple[int, ...], tuple[Layout, list[tuple[Piece, torch.Tensor, int]]]] = {}
         self._key: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
-        self._targets: list[torch.Tensor] = []
+        self._parts: list[tuple[Piece, torch.Tensor, int]] = []
         self.layout = Layout(rank, [], [], [], {}, 0, ())
         self.view = memoryview(b"")
         """The bytes of the buffer."""
@@ -61,6 +67,8 @@ class Snapshot:
         self._failure: str | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
+        self._queued: list[tuple[str, torch.Tensor, int]] = []
+        """Steady tensors of the GPU whose copy is queued, with their versions, until the first hook has looked."""
 
     @property
     def size(self) -> int:
@@ -79,26 +87,38 @@ class Snapshot:
             steady: addresses of tensors that change in optimizer steps only.
         """
         self.wait()
+        self._events = []
         self._prepare(tensors, writers)
         self._failure = None
         late: list[_Late] = []
         with torch.no_grad():
-            now: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
+            queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+            now: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+            queued: list[tuple[str, torch.Tensor, int]] = []
+            for piece, target, size in self._parts:
                 source = _source(tensors[piece.name], piece)
                 if source.is_cuda:
-                    now.append((target, source))
+                    queue.append((target, source))
+                    if self.overlap and source.untyped_storage().data_ptr() in steady:
+                        queued.append((piece.name, source, source._version))
+                elif not source.is_cpu:
+                    target.copy_(source)
                 elif (
-                    self.overlap
-                    and piece.size >= OVERLAP_BYTES
+                    size >= OVERLAP_BYTES
+                    and self.overlap
                     and source.untyped_storage().data_ptr() in steady
                     and source.is_contiguous()
-                    and source.device.type == "cpu"
                 ):
+                    source = source.detach()  # It keeps this memory alive whatever becomes of the tensor.
                     late.append(_Late(piece, source, source._version, _sample(source)))
                 else:
-                    target.copy_(source)
-            self._queue(now, steady)
+                    now[0].append(target)
+                    now[1].append(source)
+            if now[0]:
+                torch._foreach_copy_(*now)  # One call for all: many small ones cost more than the bytes do.
+            if queue:
+                self._queue(queue, steady)
+                self._queued = queued
         with self._news:
             self._filled = late[0].piece.at if late else self.layout.size
         if late:
@@ -109,21 +129,47 @@ class Snapshot:
 
         With CUDA tensors the GPU waits instead, on its current stream.
         """
+        self._look_at_queued()
         for event in self._events:
             torch.cuda.current_stream().wait_event(event)
         with self._news:
             while self._filled < self.layout.size:
                 self._news.wait()
 
+    def close(self) -> None:
+        """Give the memory back. The caller makes sure that nobody reads it any more."""
+        self.wait()
+        self._plans.clear()
+        self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
+        self._parts, self._events, self._filled = [], [], 0
+        self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.view = memoryview(b"")
+
     def await_bytes(self, end: int) -> None:
         """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment."""
         for event in list(self._events):
             event.synchronize()
+        self._look_at_queued()
         with self._news:
             while self._filled < end and self._failure is None:
                 self._news.wait()
             if self._failure is not None:
                 raise SaveError(self._failure)
+
+    def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
+        """Whether the state that was copied last is the present one, bit for bit."""
+        try:
+            self.await_bytes(self.layout.size)
+        except SaveError:
+            return False
+        if _structure(tensors) != self._key:
+            return False
+        for piece, target, _ in self._parts:
+            present = torch.empty(target.shape, dtype=target.dtype)
+            present.copy_(_source(tensors[piece.name], piece))
+            if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
+                return False
+        return True
 
     def _copy(self, late: list[_Late]) -> None:
         """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
@@ -135,14 +181,29 @@ class Snapshot:
                     part = min(_STRIDE, size - offset)
                     # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
                     ctypes.memmove(base + offset, source + offset, part)
-                    self._advance(at + offset + part)
-                if item.source._version != item.version or _sample(item.source) != item.sample:
+                    # The writer may follow, but the training may not go on before the last look below.
+                    self._advance(min(at + offset + part, self.layout.size - 1))
+                if item.changed():
                     return self._fail(item.piece.name)
-                self._advance(following.piece.at if following is not None else self.layout.size)
+                if following is not None:
+                    self._advance(following.piece.at)
+            # Once more: an operation that was under way raises the version counters only at its end.
+            for item in late:
+                if item.changed():
+                    return self._fail(item.piece.name)
+            self._advance(self.layout.size)
             return None
         except BaseException as error:
             self._fail(f"({error})")
             raise
+
+    def _look_at_queued(self) -> None:
+        """Whether something other than a step changed a tensor of the GPU since ``save``: before a step, or later."""
+        with self._news:
+            queued, self._queued = self._queued, []
+            changed = next((name for name, source, version in queued if source._version != version), None)
+        if changed is not None:
+            self._fail(changed)
 
     def _advance(self, filled: int) -> None:
         with self._news:
@@ -183,35 +244,51 @@ class Snapshot:
             self._events.append(event)
 
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
-        key = (
-            tuple(writers),
-            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
-        )
-        if key == self._key:
-            return
-        self._key = None
-        self.layout = lay_out(tensors, self._rank, writers)
-        self._filled = self.layout.size
-        if self.layout.size > self.size - PAGE or self.size > 2 * self.layout.size + (1 << 20):
-            # The old buffer goes first: two at once would be twice the memory that is promised.
-            self._targets, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
-            pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
-            self._storage = torch.empty(self.layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+        structure = _structure(tensors)
+        if structure != self._key:
+            self._plans.clear()
+            self._key = structure
+        key = tuple(writers)
+        if key not in self._plans:
+            layout = lay_out(tensors, self._rank, writers)
+            if layout.size > self.size - PAGE or self.size > 2 * layout.size + (1 << 20):
+                # The old buffer goes first: two at once would be twice the memory that is promised.
+                self._plans.clear()
+                self._parts, self._buffer, self.view = [], torch.empty(0), memoryview(b"")
+                self._storage = torch.empty(0)
+                pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
+                self._storage = torch.empty(layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._set_view(layout)
+            self._plans[key] = layout, [(piece, self._target(piece), piece.size) for piece in layout.pieces()]
+        layout, self._parts = self._plans[key]
+        self._set_view(layout)
+
+    def _set_view(self, layout: Layout) -> None:
+        self.layout, self._filled = layout, layout.size
         start = -self._storage.data_ptr() % PAGE
-        self._buffer = self._storage[start : start + self.layout.size]
-        array = (ctypes.c_char * self.layout.size).from_address(self._buffer.data_ptr())
+        self._buffer = self._storage[start : start + layout.size]
+        array = (ctypes.c_char * layout.size).from_address(self._buffer.data_ptr())
         self.view = memoryview(array).cast("B")
-        self._targets = [self._target(piece) for piece in self.layout.pieces()]
-        self._key = key
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
         return raw.view(DTYPES[piece.dtype]).view(piece.shape)
 
 
+def _structure(tensors: Mapping[str, LocalTensor]) -> object:
+    return [
+        (name, t.tensor.dtype, t.shape, t.placement)
+        if t.placement is not Placement.SHARDED
+        else (name, t.tensor.dtype, t.shape, t.tensor.shape, t.offsets, t.writes)
+        for name, t in tensors.items()
+    ]
+
+
 def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
     part = tensor.tensor
-    if tuple(part.shape) == piece.shape:
+    if part.shape == piece.shape:
         return part
     # A share of a replicated tensor: rows of it.
     return part.narrow(0, piece.offsets[0], piece.shape[0])

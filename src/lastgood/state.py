@@ -82,10 +82,16 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        elif (inner := compiled_inner(module)) is not None:
             module = inner
         else:
             return module
+
+
+def compiled_inner(module: nn.Module) -> nn.Module | None:
+    """The module that ``torch.compile`` has wrapped, if `module` is such a wrapper."""
+    # Not getattr: a wrapper of the user's may pass on the attributes of what it wraps.
+    return module._modules.get("_orig_mod")
 
 
 def refuse_unsupported(name: str, value: Any) -> None:
@@ -111,7 +117,7 @@ def clean_names(module: nn.Module) -> dict[str, str]:
         at = f"{path}." if path else ""
         if isinstance(child, nn.parallel.DistributedDataParallel | nn.DataParallel):
             renames[at + "module."] = at
-        elif isinstance(getattr(child, "_orig_mod", None), nn.Module):
+        elif compiled_inner(child) is not None:
             renames[at + "_orig_mod."] = at
     return dict(sorted(renames.items(), key=lambda item: -len(item[0])))
 
@@ -127,12 +133,17 @@ def clean(key: str, renames: Mapping[str, str]) -> str:
 def parameter_names(objects: Mapping[str, Any]) -> dict[int, str]:
     """By id, the name of every parameter of every registered module."""
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for name, value in objects.items():
         if isinstance(value, nn.Module):
             module = unwrap(value)
             renames = clean_names(module)
             for key, parameter in module.named_parameters():
-                names.setdefault(id(parameter), f"{name}.{clean(key, renames)}")
+                label = f"{name}.{clean(key, renames)}"
+                while label in taken:
+                    label += "+"  # "a" with "b.c" in it, and "a.b" with "c".
+                taken.add(label)
+                names.setdefault(id(parameter), label)
     return names
 
 
@@ -144,6 +155,25 @@ def optimizer_names(name: str, optimizer: torch.optim.Optimizer, names: Mapping[
             # A parameter of no registered module has only its place to be known by.
             result.append(names.get(id(parameter), f"{name}.group{number}.{position}"))
     return result
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a state path is one of those that `patterns` mean. A path as an error message gives it means itself."""
+    return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def unsaved_parameters(objects: Mapping[str, Any], state: State) -> dict[str, list[str]]:
+    """By optimizer, those of its parameters whose values are in no registered object."""
+    saved = {t.tensor.data_ptr() for t in state.tensors.values()}
+    names = parameter_names(objects)
+    found: dict[str, list[str]] = {}
+    for name, value in objects.items():
+        if isinstance(value, torch.optim.Optimizer):
+            parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+            for label, parameter in zip(optimizer_names(name, value, names), parameters, strict=True):
+                if id(parameter) not in names and local_part(parameter, label).tensor.data_ptr() not in saved:
+                    found.setdefault(name, []).append(label)
+    return found
 
 
 class Flattener:
@@ -170,7 +200,8 @@ class Flattener:
         self._world_size = world_size
         self._replicated, self._local, self._leave_out = replicated, local, leave_out
         self._tensors: dict[str, LocalTensor] = {}
-        self._seen: dict[tuple[Any, ...], str] = {}
+        self._seen: dict[int, list[str]] = {}
+        """By address, the tensors that begin there."""
 
     def flatten(self, *, gradients: bool = False) -> State:
         """The state of this moment. Values are copied into the tree; tensors are referred to, not copied."""
@@ -180,19 +211,37 @@ class Flattener:
         trees: dict[str, Json] = {}
         kinds: dict[str, str] = {}
         for name, value in self._objects.items():
+            if self._left_out(name):
+                continue
             refuse_unsupported(name, value)
-            kinds[name] = kind = kind_of(value)
-            if kind == "module":
-                trees[name] = self._module(name, value, placements, gradients)
-            elif kind == "optimizer":
-                trees[name] = self._optimizer(name, value, names, placements)
-            elif kind == "generator":
-                trees[name] = values.encode(value.get_state(), name, self._put(Placement.LOCAL))
-            elif kind == "stateful":
-                trees[name] = self._tree(value.state_dict(), name)
-            else:
-                trees[name] = self._tree(value, name)
+            kinds[name] = kind_of(value)
+            try:
+                trees[name] = self._object(name, value, kinds[name], names, placements, gradients)
+            except (LastGoodError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                # torch's CheckpointException is no Exception.
+                raise LastGoodError(
+                    f"{name}: its state could not be taken ({type(error).__name__}: {error}). Nothing was written."
+                ) from error
         return State(self._tensors, trees, kinds)
+
+    def _object(
+        self,
+        name: str,
+        value: Any,
+        kind: str,
+        names: Mapping[int, str],
+        placements: Mapping[int, Placement],
+        gradients: bool,
+    ) -> Json:
+        if kind == "module":
+            return self._module(name, value, placements, gradients)
+        if kind == "optimizer":
+            return self._optimizer(name, value, names, placements)
+        if kind == "generator":
+            return values.encode(value.get_state(), name, self._put(Placement.LOCAL))
+        return self._tree(value.state_dict() if kind == "stateful" else value, name)
 
     def _module_placements(self) -> dict[int, Placement]:
         """By id, the placement of every parameter and buffer under DDP."""
@@ -215,7 +264,7 @@ class Flattener:
         return placements
 
     def _left_out(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._leave_out)
+        return matches(path, self._leave_out)
 
     def _tree(self, value: Any, path: str, placement: Placement | None = None) -> Json:
         if self._leave_out:
@@ -226,11 +275,11 @@ class Flattener:
         if type(value) is dict or (isinstance(value, dict) and type(value).__name__ == "OrderedDict"):
             kept = {k: self._prune(v, f"{path}.{k}") for k, v in value.items() if not self._left_out(f"{path}.{k}")}
             return type(value)(kept)
-        if type(value) is list:
+        if type(value) in (list, tuple):
             # A hole in a list would move what follows: the place is kept.
-            return [
+            return type(value)(
                 None if self._left_out(f"{path}[{i}]") else self._prune(v, f"{path}[{i}]") for i, v in enumerate(value)
-            ]
+            )
         return value
 
     def _put(self, placement: Placement | None = None) -> Any:
@@ -243,23 +292,27 @@ class Flattener:
         """Take a tensor into the state; returns the name under which it is saved, an earlier one where it is tied."""
         part = local_part(tensor, path)
         local = part.tensor
-        key = (local.device, local.data_ptr(), local.dtype, tuple(local.shape), local.stride(), part.shape)
-        if local.numel() and key in self._seen:
-            return self._seen[key]
+        address = local.data_ptr()  # 0 for an empty tensor, which shares nothing.
+        tied = self._seen.get(address, ()) if address else ()
+        for other in tied:
+            before = self._tensors[other]
+            if before.shape == part.shape and memory_key(before.tensor) == memory_key(local):
+                return other
         dtype_name(local.dtype, path)
         if self._world_size == 1:
             part.placement = Placement.ROOT
         elif part.placement is not Placement.SHARDED:
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in self._local):
+            if matches(path, self._local):
                 placement = Placement.LOCAL
-            elif any(fnmatch.fnmatchcase(path, pattern) for pattern in self._replicated):
+            elif matches(path, self._replicated):
                 placement = Placement.REPLICATED
             part.placement = placement or Placement.UNKNOWN
         name = path
         while name in self._tensors:
             name += "+"
         self._tensors[name] = part
-        self._seen[key] = name
+        if address:
+            self._seen[address] = [*tied, name]
         return name
 
     def _module(self, name: str, value: nn.Module, placements: Mapping[int, Placement], gradients: bool) -> Json:
@@ -277,9 +330,10 @@ class Flattener:
                 by_key[key] = placements[id(tensor)]
         tree: dict[str, Json] = {}
         for key, tensor in module.state_dict().items():
-            path = f"{name}.{clean(key, renames)}"
-            if not self._left_out(path):
-                tree[clean(key, renames)] = values.encode(tensor, path, self._put(by_key.get(key)))
+            short = clean(key, renames) if renames else key
+            path = f"{name}.{short}"
+            if not (self._leave_out and self._left_out(path)):
+                tree[short] = values.encode(tensor, path, self._put(by_key.get(key)))
         if not gradients:
             return {"state": tree}
         found = {}
@@ -300,11 +354,16 @@ class Flattener:
         labels = optimizer_names(name, optimizer, names)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         tree: dict[str, Json] = {"state": {}, "groups": []}
+        shared = {}
         for index, held in state["state"].items():
-            known = type(index) is int and index < len(labels)
-            label = labels[index] if known else str(index)
-            placement = placements.get(id(parameters[index])) if known else None
-            tree["state"][label] = self._tree(held, f"{name}.state.{label}", placement)
+            if type(index) is int and index < len(labels):
+                placement, path = placements.get(id(parameters[index])), f"{name}.state.{labels[index]}"
+                if not self._left_out(path):
+                    tree["state"][labels[index]] = self._tree(held, path, placement)
+            else:
+                shared[index] = held
+        # Some optimizers keep state of their own beside that of the parameters, under keys of any kind.
+        tree["shared"] = self._tree(shared, f"{name}.state")
         for number, group in enumerate(state["param_groups"]):
             options = {key: option for key, option in group.items() if key != "params"}
             encoded = self._tree(options, f"{name}.groups[{number}]", Placement.ROOT)
@@ -314,22 +373,36 @@ class Flattener:
         return tree
 
 
+def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are one and the same memory, seen in the same way."""
+    signs = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), signs
+
+
 def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
     """What this rank holds of a tensor. Raises LastGoodError for a kind of tensor that cannot be saved or restored."""
     kind = type(tensor)
     if kind.__name__ == "DTensor":
         return _dtensor_part(tensor, path)
-    if kind is not torch.Tensor and not isinstance(tensor, nn.Parameter | getattr(nn, "Buffer", nn.Parameter)):
+    # Not isinstance: that is true of a subclass that was made a parameter.
+    if kind is not torch.Tensor and not issubclass(kind, nn.Parameter):
         raise LastGoodError(
             f"{path}: a tensor of the class {kind.__module__}.{kind.__qualname__} cannot be saved. Nothing was "
             "written. Convert it to a plain tensor, or leave it out with leave_out=[...]."
         )
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise LastGoodError(f"{path}: a sparse or quantized tensor cannot be saved; convert it to a dense one.")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise LastGoodError(
+            f"{path}: a sparse, quantized or nested tensor cannot be saved. Nothing was written. Convert it to a dense "
+            "one, or leave it out with leave_out=[...]."
+        )
     if tensor.device.type == "meta":
-        raise LastGoodError(f"{path} is on the meta device: it has a shape but no values to save or restore into.")
-    plain = tensor.detach()
-    return LocalTensor(plain, Placement.UNKNOWN, tuple(tensor.shape), (0,) * tensor.ndim, plain)
+        raise LastGoodError(
+            f"{path} is on the meta device: it has a shape but no values to save or restore into. "
+            "Give it some (to_empty and an initialisation), or leave it out with leave_out=[...]."
+        )
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    shape = tuple(tensor.shape)
+    return LocalTensor(plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain)
 
 
 def _dtensor_part(tensor: Any, path: str) -> LocalTensor:

@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
+
+OVERLAP_BYTES = 256 << 10
+"""Smaller tensors are copied at once: that takes no longer than to arrange for the copy."""
 
 
 class Steady:
@@ -25,6 +29,7 @@ class Steady:
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._hooks: list[RemovableHandle] = []
 
     def watch(self, objects: Mapping[str, Any]) -> None:
         """Hook onto the optimizers that are not watched yet.
@@ -32,10 +37,20 @@ class Steady:
         Modules get no hook: it would travel with every copy and pickle of them.
         """
         for value in objects.values():
-            if isinstance(value, torch.optim.Optimizer) and value not in self._steps:
+            # A wrapper that only looks like an optimizer has no hooks; what it wraps may be registered, too.
+            if isinstance(value, torch.optim.Optimizer) and hasattr(value, "_optimizer_step_pre_hooks"):
+                if value in self._steps:
+                    continue
                 self._steps[value] = 0
-                value.register_step_pre_hook(self._before_step)
-                value.register_load_state_dict_pre_hook(self._before_load)
+                self._hooks.append(value.register_step_pre_hook(self._before_step))
+                self._hooks.append(value.register_load_state_dict_pre_hook(self._before_load))
+
+    def close(self) -> None:
+        """Take the hooks off again: an optimizer may live longer, and must not hold our memory."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._steps.clear()
 
     def take(self) -> frozenset[int]:
         """Addresses of the storages that change only in steps that our hook sees; begins a new count of steps."""
@@ -58,4 +73,6 @@ class Steady:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors if type(t).__name__ != "DTensor"}
+    return {
+        t.untyped_storage().data_ptr() for t in tensors if t.nbytes >= OVERLAP_BYTES and type(t).__name__ != "DTensor"
+    }

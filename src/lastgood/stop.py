@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,8 @@ from lastgood import disk
 
 _log = logging.getLogger("lastgood")
 STOP_FILE = "stop"
+REPEAT_SECONDS = 2.0
+"""A second signal counts as one when it comes so much later than the first."""
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
 
 
@@ -29,8 +32,10 @@ class StopRequest:
     def listen(self) -> Iterator[None]:
         """Take the signals while the context lasts.
 
-        The first one only sets :attr:`reason`, after calling the handler that was there before. Then the former
-        handlers are back, so that a second signal does what it would do without us: it ends the program.
+        The first one only sets :attr:`reason`, after calling the handler that was there before. Launchers pass on
+        what the terminal or the scheduler has sent to every process already, so for `REPEAT_SECONDS` more signals are
+        taken for the same request. After that the former handlers are back, and a signal does what it would do
+        without us: it ends the program. A signal that the program was started to ignore stays ignored.
         """
         if threading.current_thread() is not threading.main_thread():
             _log.warning("signals can only be taken in the main thread: this loop stops on the stop file alone")
@@ -38,6 +43,7 @@ class StopRequest:
             return
         owner = os.getpid()
         before: dict[int, Any] = {}
+        first: float | None = None
 
         def put_back() -> None:
             for number, handler in before.items():
@@ -51,14 +57,19 @@ class StopRequest:
                 signal.signal(number, former if former is not None else signal.SIG_DFL)
                 signal.raise_signal(number)
                 return
-            self.reason = signal.Signals(number).name
-            put_back()
-            if callable(former) and former is not signal.default_int_handler:
-                former(number, frame)
+            nonlocal first
+            if first is None:
+                first = time.monotonic()
+                self.reason = signal.Signals(number).name
+                if callable(former) and former is not signal.default_int_handler:
+                    former(number, frame)
+            elif time.monotonic() - first >= REPEAT_SECONDS:
+                put_back()
+                signal.raise_signal(number)
 
         for name in _NAMES:
             number = getattr(signal, name, None)
-            if number is not None:
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handle)
         try:
             yield
@@ -79,5 +90,8 @@ def is_asked(run: Path) -> bool:
 def withdraw(run: Path) -> bool:
     """Remove the stop file. Returns whether there was one."""
     there = is_asked(run)
-    disk.remove(run / STOP_FILE, missing_ok=True)
+    try:
+        disk.remove(run / STOP_FILE, missing_ok=True)
+    except OSError as error:
+        _log.warning("the stop file could not be removed: %s. Delete it, or the next job stops at once.", error)
     return there

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lastgood import disk
 from tests.faults import job as jobs
 from tests.faults.job import Kind, Notes, read_notes
 from tests.faults.processes import Ranks, scratch
 from tests.faults.report import Result
-
-from lastgood import disk
 
 Moment = Literal["before", "torn", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "torn", "after")

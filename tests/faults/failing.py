@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lastgood import Checkpointer, Keep, SaveError, catalog, commit, disk
+from lastgood.errors import LastGoodError
 from tests.faults import job as jobs
 from tests.faults.crash import KEPT, left_overs
 from tests.faults.job import FAST_SECONDS, Job, Kind, Notes, read_notes
 from tests.faults.processes import Ranks, scratch
 from tests.faults.report import Result
-
-from lastgood import Checkpointer, Keep, SaveError, catalog, commit, disk
-from lastgood.errors import LastGoodError
 
 Mode = Literal["once", "late", "lasting", "short"]
 """One operation is refused; one is done and reported as failed; all are refused from one on; a write stops half-way."""

@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lastgood import Checkpointer, catalog, disk
+from lastgood.errors import LastGoodError
+from lastgood.manifest import parse
 from tests.faults import job as jobs
 from tests.faults.job import Notes
 from tests.faults.posix_model import Disk, Effect, Event, Tree
 from tests.faults.processes import Ranks, scratch
 from tests.faults.report import Result
-
-from lastgood import Checkpointer, catalog, disk
-from lastgood.errors import LastGoodError
-from lastgood.manifest import parse
 
 _EFFECTS: dict[str, Effect] = {"append": "write", "overwrite": "truncate"}
 WORLD = 2

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.faults import crash
-from tests.faults.processes import Ranks, scratch
 
 from lastgood import disk
+from tests.faults import crash
+from tests.faults.processes import Ranks, scratch
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign"),

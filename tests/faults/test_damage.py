@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults import job as jobs
-from tests.faults.crash import Killer
-from tests.faults.job import Job, Notes, read_notes
-from tests.faults.processes import Ranks
 
 from lastgood import Checkpointer, DamagedError, Keep, catalog
 from lastgood.loading import Loading
 from lastgood.manifest import parse
 from lastgood.world import World
+from tests.faults import job as jobs
+from tests.faults.crash import Killer
+from tests.faults.job import Job, Notes, read_notes
+from tests.faults.processes import Ranks
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign")
 

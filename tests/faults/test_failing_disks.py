@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from lastgood import Checkpointer, Keep, SaveError, catalog, commit
 from tests.faults import failing
 from tests.faults.crash import left_overs
 from tests.faults.test_crash import campaign
-
-from lastgood import Checkpointer, Keep, SaveError, catalog, commit
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs fork; Windows has its own campaign"),

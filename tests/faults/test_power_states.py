@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.faults import powerloss
 from tests.faults.posix_model import Disk, Event, Tree
 from tests.faults.processes import scratch

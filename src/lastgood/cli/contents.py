@@ -15,7 +15,7 @@ from lastgood.catalog import Entry
 from lastgood.cli import places
 from lastgood.cli.i18n import _
 from lastgood.errors import DamagedError, LastGoodError
-from lastgood.manifest import Manifest
+from lastgood.manifest import NAME, Manifest
 from lastgood.values import Json
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def contents(path: Path, part: str | None, *, against_file: bool = False) -> Con
         part: only this object of a checkpoint, or what this key of a file holds, with names that begin inside of it.
         against_file: of a checkpoint without `part`, take the model, since a file mostly holds nothing else.
     """
-    if path.is_file() and path.name != catalog.NAME:
+    if path.is_file() and path.name != NAME:
         return FileContents(path, part)
     entry = places.find_checkpoint(path)
     if part is None and against_file:

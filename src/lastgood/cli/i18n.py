@@ -48,7 +48,7 @@ def translate(text: str) -> str:
     return CHINESE.get(text, text)
 
 
-def _(text: str, **values: object) -> str:
+def _(text: str, /, **values: object) -> str:
     """`text` in the user's language, with `values` put in."""
     return translate(text).format(**values) if values else translate(text)
 
@@ -57,18 +57,17 @@ def localize(command: click.Command) -> None:
     """Put the help of a command, and of its options, into the user's language."""
     if language() == "en":
         return
-    for holder, attribute, text in help_texts(command):
-        setattr(holder, attribute, translate(text))
+    for holder, attribute, paragraphs in help_texts(command):
+        setattr(holder, attribute, "\n\n".join(translate(paragraph) for paragraph in paragraphs))
 
 
-def help_texts(command: click.Command) -> Iterator[tuple[object, str, str]]:
-    """What of a command's help is to be translated: the object, its attribute, and the text."""
-    for attribute in ("help", "short_help", "epilog"):
-        if text := getattr(command, attribute):
-            yield command, attribute, inspect.cleandoc(text)
-    for parameter in command.params:
-        if text := getattr(parameter, "help", None):
-            yield parameter, "help", inspect.cleandoc(text)
+def help_texts(command: click.Command) -> Iterator[tuple[object, str, list[str]]]:
+    """What of a command's help is to be translated: the object, its attribute, and the paragraphs of the text."""
+    holders: list[object] = [command, *command.params]
+    for holder in holders:
+        for attribute in ("help", "short_help", "epilog"):
+            if text := getattr(holder, attribute, None):
+                yield holder, attribute, [" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n")]
     if isinstance(command, click.Group):
         for child in command.commands.values():
             yield from help_texts(child)

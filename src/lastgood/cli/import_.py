@@ -29,27 +29,25 @@ class Assignment:
     source: str
 
 
-class AssignmentType(click.ParamType):
-    name = "NAME[:KIND]=SOURCE"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Assignment:
-        left, equals, source = str(value).partition("=")
-        name, colon, kind = left.partition(":")
-        if not equals or not name.isidentifier() or not source or (colon and kind not in KINDS):
-            self.fail(_("{value!r} is not NAME=SOURCE or NAME:KIND=SOURCE", value=value), param, ctx)
-        return Assignment(name, kind or None, source)
+def assignment(text: str) -> Assignment:
+    """An :class:`Assignment` as it is written. Raises click.BadParameter."""
+    left, equals, source = text.partition("=")
+    name, colon, kind = left.partition(":")
+    if not equals or not name.isidentifier() or not source or (colon and kind not in KINDS):
+        raise click.BadParameter(_("{value!r} is not NAME=SOURCE or NAME:KIND=SOURCE", value=text))
+    return Assignment(name, kind or None, source)
 
 
 @click.command("import")
 @click.argument("paths", nargs=-1, required=True, metavar="[FILE] RUN", type=click.Path(path_type=Path))
 @click.option(
-    "--as", "files", multiple=True, type=AssignmentType(), metavar="NAME=FILE", help="FILE becomes the object NAME."
+    "--as", "files", multiple=True, type=assignment, metavar="NAME=FILE", help="FILE becomes the object NAME."
 )
 @click.option(
     "--map",
     "keys",
     multiple=True,
-    type=AssignmentType(),
+    type=assignment,
     metavar="NAME=KEY",
     help="What the FILE holds under KEY becomes the object NAME; a dot leads into a nested dict.",
 )
@@ -86,10 +84,10 @@ def import_(paths: tuple[Path, ...], files: tuple[Assignment, ...], keys: tuple[
         else:
             parts = []
         parts += [(a, load(_existing(Path(a.source)))) for a in files]
-    for assignment, value in parts:
-        if assignment.name in found:
-            raise click.UsageError(_("{name} is given twice", name=assignment.name))
-        found[assignment.name] = foreign.Foreign.of(assignment.name, value, assignment.kind)
+    for given, value in parts:
+        if given.name in found:
+            raise click.UsageError(_("{name} is given twice", name=given.name))
+        found[given.name] = foreign.Foreign.of(given.name, value, given.kind)
     _save(run, step, found)
 
 

@@ -32,16 +32,12 @@ _UNITS = {
 }
 
 
-class Bytes(click.ParamType):
-    """A number of bytes: 500000, 20GB, 1.5TiB."""
-
-    name = "bytes"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", str(value).strip().lower())
-        if match is None or match[2] not in _UNITS:
-            self.fail(_("{value!r} is not a size such as 500000, 20GB or 1.5TiB", value=value), param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+def byte_count(text: str) -> int:
+    """A number of bytes, written as 500000, 20GB or 1.5TiB. Raises click.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise click.BadParameter(_("{value!r} is not a size such as 500000, 20GB or 1.5TiB", value=text))
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @click.command()
@@ -51,7 +47,12 @@ class Bytes(click.ParamType):
 @click.option("--metric", help="The metric by which checkpoints are compared.")
 @click.option("--mode", type=click.Choice(["min", "max"]), default="min", help="Which value of the metric is the best.")
 @click.option("--keep-every", type=click.IntRange(min=1), help="Keep steps that are multiples of this.")
-@click.option("--max-bytes", type=Bytes(), help="Delete the oldest until the run is no larger; two always stay.")
+@click.option(
+    "--max-bytes",
+    type=byte_count,
+    metavar="SIZE",
+    help="Delete the oldest until the run is no larger; two always stay.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted; delete nothing.")
 @json_option
 def prune(

@@ -15,6 +15,7 @@ from lastgood.cli import places
 from lastgood.cli.i18n import _
 from lastgood.cli.output import json_option, print_json, progress
 from lastgood.errors import DamagedError, LastGoodError
+from lastgood.manifest import NAME
 
 
 @dataclass(slots=True)
@@ -80,11 +81,11 @@ def _print(result: Result) -> None:
 
 
 def _kind(path: Path) -> str | None:
-    if path.name == catalog.NAME:
+    if path.name == NAME:
         return "checkpoint"
     if path.is_file():
         return "file"
-    if catalog.entry_of(path.absolute().parent, path.absolute().name) or disk.exists(path / catalog.NAME):
+    if catalog.entry_of(path.absolute().parent, path.absolute().name) or disk.exists(path / NAME):
         return "checkpoint"
     if places.is_run(path):
         return "run"

@@ -18,7 +18,7 @@ from lastgood.catalog import Entry
 from lastgood.checkpointer import Checkpointer
 from lastgood.demo.train import EVERY, Digits, accuracy
 from lastgood.errors import DamagedError, LastGoodError
-from lastgood.load import nbytes, read_tensors
+from lastgood.loading import nbytes, read_tensors
 from lastgood.manifest import Manifest
 from lastgood.program import read_events
 

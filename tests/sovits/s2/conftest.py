@@ -1,47 +1,11 @@
 """A tiny experiment folder, as upstream's preparation writes it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-
-from lastgood_sovits.s2.config import Config, parse_config
-
-Prepare = Callable[..., Path]
-
-
-def tiny_config(version: str = "v2", **changes: dict[str, object]) -> Config:
-    """Models of a few thousand parameters that train in milliseconds."""
-    values: dict[str, dict[str, object]] = {
-        "data": {"sampling_rate": 32000, "n_mel_channels": 16},
-        "model": {
-            "version": version,
-            "inter_channels": 8,
-            "hidden_channels": 8,
-            "filter_channels": 16,
-            "n_layers": 2,
-            "upsample_initial_channel": 32,
-            "resblock_kernel_sizes": [3],
-            "resblock_dilation_sizes": [[1, 3]],
-            "gin_channels": 16,
-            "ssl_channels": 12,
-            "codebook_size": 16,
-            "mrte_channels": 16,
-            "style_channels": 8,
-            "posterior_layers": 2,
-            "flow_couplings": 2,
-            "flow_layers": 1,
-            "sv_channels": 20,
-            "discriminator_channels": 64,
-            "discriminator_periods": [2, 3],
-        },
-        "train": {"segment_size": 3200, "batch_size": 2, "fp16_run": False},
-    }
-    for section, entries in changes.items():
-        values[section] |= entries
-    return parse_config(values)
+from s2_tiny import Prepare
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""lastgood beside its peers and beside the disk, measured in one run: ``python -m benchmarks``."""

@@ -1,0 +1,347 @@
+"""The functions of other modules that are replaced, and what each does instead."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import io
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from . import files, journal, system
+from .report import Report
+from .saving import Saver
+from .settings import PRIVATE, Settings, from_environment
+
+_settings: Settings = from_environment()
+_report = Report(_settings.state)
+saver = Saver(_settings, _report)
+_done: set[str] = set()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_report.reset)
+    os.register_at_fork(after_in_child=saver.units.after_fork)
+
+
+class DamagedFileError(RuntimeError):
+    """A file is not what was saved under its name."""
+
+
+def patch(module: ModuleType) -> None:
+    """Patch a module that was imported just now; the file functions with the first of them."""
+    name = module.__name__
+    if name in _done:
+        return
+    _done.add(name)
+    if name == "torch" and not _known_torch(module):
+        return
+    if "os" not in _done:
+        _done.add("os")
+        _patch_system()
+        if os.path.basename(sys.argv[0] if sys.argv else "").startswith(("s2_train", "s1_train")):
+            _add_complete("G_*.pth,D_*.pth")
+    if name == "torch":
+        _patch_torch(module)
+    elif name in ("safetensors", "safetensors.torch"):
+        _patch_safetensors(module)
+    elif name == "transformers.trainer":
+        _patch_trainer(module)
+    elif name.endswith("trainer.trainer"):
+        _patch_lightning(module)
+
+
+def _known_torch(torch: Any) -> bool:
+    version = str(getattr(torch, "__version__", "?"))
+    try:
+        parameters = (
+            list(inspect.signature(torch.save).parameters)[:2],
+            list(inspect.signature(torch.load).parameters)[:1],
+        )
+    except (AttributeError, TypeError, ValueError):
+        parameters = [], []
+    if version.split(".")[0] == "2" and parameters == (["obj", "f"], ["f"]):
+        return True
+    what = "needs torch 2.0 or newer" if version[:2] in ("0.", "1.") else "does not know this torch"
+    _report.say_once("torch", f"{what} (found {version}): saves are NOT made safe in this program")
+    return False
+
+
+def _add_complete(pattern: str) -> None:
+    if pattern not in saver.units.patterns:
+        saver.units.patterns.append(pattern)
+
+
+# torch and safetensors.
+
+
+def _patch_torch(torch: Any) -> None:
+    original_save, original_load = torch.save, torch.load
+
+    def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
+        path = files.target_of(f)
+        if path is None:
+            return original_save(obj, f, *args, **kwargs)
+        if saver.leaves_to_rank_zero(path):
+            sink = files.Counting()
+            original_save(obj, sink, *args, **kwargs)
+            saver.pretend(path, sink.size)
+            return None
+        with saver.writing(path) as file:
+            return original_save(obj, file, *args, **kwargs)
+
+    def load(f: Any, *args: Any, **kwargs: Any) -> Any:
+        name = f if isinstance(f, (str, os.PathLike)) else getattr(f, "name", None)
+        instead = _intact(name)
+        return original_load(f if instead is None else instead, *args, **kwargs)
+
+    for patched, original in ((save, original_save), (load, original_load)):
+        _dress(patched, original)
+    torch.save = torch.serialization.save = save
+    torch.load = torch.serialization.load = load
+
+
+def _patch_safetensors(module: Any) -> None:
+    if module.__name__ == "safetensors":
+        original_open = module.safe_open
+
+        def safe_open(filename: Any, *args: Any, **kwargs: Any) -> Any:
+            return original_open(_intact(filename) or filename, *args, **kwargs)
+
+        module.safe_open = safe_open
+        return
+    original_save, original_load = module.save_file, module.load_file
+
+    def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+        path = files.target_of(filename)
+        if path is None:
+            return original_save(tensors, filename, *args, **kwargs)
+        if saver.leaves_to_rank_zero(path):
+            saver.pretend(path, sum(t.numel() * t.element_size() for t in tensors.values()))
+            return None
+        called = time.time()
+        temporary = saver.temporary(path)
+        try:
+            result = original_save(tensors, temporary, *args, **kwargs)
+            system.sync_path(temporary)
+            size, crc = journal.checksum(temporary)
+        except BaseException as error:
+            saver.abandon(temporary, path, error)
+            raise
+        saver.put(temporary, path, size, crc, called)
+        return result
+
+    def load_file(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        return original_load(_intact(filename) or filename, *args, **kwargs)
+
+    for patched, original in ((save_file, original_save), (load_file, original_load)):
+        _dress(patched, original)
+    module.save_file, module.load_file = save_file, load_file
+
+
+def _dress(patched: Any, original: Any) -> None:
+    # Programs look at torch.save's signature and pickle functions by name.
+    patched.__name__ = original.__name__
+    patched.__qualname__ = original.__qualname__
+    patched.__module__ = original.__module__
+    patched.__doc__ = original.__doc__
+    patched.__wrapped__ = original
+
+
+def _intact(name: Any) -> str | None:
+    """Check a file that is about to be loaded. Returns another path where that is to be loaded instead.
+
+    Raises:
+        DamagedFileError: it is not what was saved, and names the newest file that is.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
+        return None
+    path = os.path.abspath(os.fspath(name))
+    saver.units.settle(os.path.dirname(path))
+    if path in saver.pretended:
+        _await(path)
+    target = os.path.realpath(path)
+    versions = journal.read(target)
+    damage = journal.check(target, versions)
+    if not damage:
+        return None
+    if not system.exists(target) and not saver.settings.fallback:
+        return None  # A file that was deleted: torch says that it is missing.
+    newest = next(journal.intact_versions(target), None)
+    found = f"{path} is damaged: {damage}."
+    if newest is None:
+        raise DamagedFileError(f"{found} lastgood run has no intact version of it; load another checkpoint.")
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest[1].time))
+    if saver.settings.fallback:
+        _report.add(fallbacks=1)
+        _report.say(f"{found} Loading {newest[0]} of {when} instead.")
+        return newest[0]
+    raise DamagedFileError(
+        f"{found} The newest intact version is {newest[0]}, of {when}: copy it to {path}, or start again with "
+        "`lastgood run --fallback`, which loads it."
+    )
+
+
+def _await(path: str) -> None:
+    """Wait for the file that rank 0 saves in our place, for half a minute at most."""
+    deadline = time.monotonic() + 30
+    while not system.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+# Frameworks.
+
+
+def _patch_trainer(module: Any) -> None:
+    """Hugging Face: a checkpoint is a directory, finished when the method that writes it returns."""
+    _add_complete("checkpoint-*")
+    original = module.Trainer._save_checkpoint
+
+    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        saver.units.framework_tells(os.path.abspath(self.args.output_dir))
+        result = original(self, *args, **kwargs)
+        saver.units.finished()
+        return result
+
+    _dress(_save_checkpoint, original)
+    module.Trainer._save_checkpoint = _save_checkpoint
+
+
+def _patch_lightning(module: Any) -> None:
+    """Lightning: sharded strategies write a directory whose name ends in .ckpt."""
+    _add_complete("*.ckpt")
+    original = module.Trainer.save_checkpoint
+
+    def save_checkpoint(self: Any, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        saver.units.framework_tells(os.path.dirname(os.path.abspath(os.fspath(filepath))))
+        result = original(self, filepath, *args, **kwargs)
+        saver.units.finished()
+        return result
+
+    _dress(save_checkpoint, original)
+    module.Trainer.save_checkpoint = save_checkpoint
+
+
+# The file functions.
+
+
+def _patch_system() -> None:
+    files.use(saver)
+    builtins.open = files.open
+    io.open = files.open
+    os.rename = _rename(system.rename)
+    os.replace = _rename(system.replace)
+    shutil.move = _move
+    shutil.copyfile = _copyfile
+    os.remove = os.unlink = _remove
+    os.mkdir = _mkdir
+    os.rmdir = _rmdir
+    os.listdir = _listdir
+    os.scandir = _scandir
+    if saver.settings.save_on == "rank0":
+        os.stat = files.stat
+        # Written in C, past os.stat, in newer Pythons.
+        os.path.exists = lambda path: _is_pretended(path) or system.exists(path)
+        os.path.isfile = lambda path: _is_pretended(path) or system.isfile(path)
+
+
+def _is_pretended(path: Any) -> bool:
+    return isinstance(path, (str, os.PathLike)) and files.absolute(path) in saver.pretended
+
+
+def _rename(original: Callable[..., None]) -> Callable[..., None]:
+    def rename(src: Any, dst: Any, **kwargs: Any) -> None:
+        source, target = files.absolute(src), files.absolute(dst)
+        if kwargs or source is None or target is None or not files.is_checkpoint_move(source, target):
+            return original(src, dst, **kwargs)
+        saver.move(source, target, lambda: original(src, dst), across=False)
+        return None
+
+    return rename
+
+
+def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:
+    source, target = files.absolute(src), files.absolute(dst)
+    if source is not None and target is not None and os.path.isdir(target):
+        target = os.path.join(target, os.path.basename(source))
+    if source is None or target is None or not files.is_checkpoint_move(source, target):
+        return system.move(src, dst, copy_function)
+    saver.move(source, target, lambda: system.replace(source, target), across=True)
+    return dst if not os.path.isdir(dst) else os.path.join(dst, os.path.basename(source))
+
+
+def _copyfile(src: Any, dst: Any, *, follow_symlinks: bool = True) -> Any:
+    source, target = files.absolute(src), files.target_of(dst)
+    if source is None or target is None or not follow_symlinks or not system.isfile(source):
+        return system.copyfile(src, dst, follow_symlinks=follow_symlinks)
+    if source in saver.pretended or not files.is_checkpoint(target) or os.path.realpath(source) == target:
+        return system.copyfile(src, dst, follow_symlinks=follow_symlinks)
+    if saver.leaves_to_rank_zero(target):
+        saver.pretend(target, system.getsize(source))
+        return dst
+    called = time.time()
+    with saver.copied(source, target) as (temporary, raw):
+        size, crc = raw.size, raw.crc
+    saver.put(temporary, target, size, crc, called)
+    return dst
+
+
+def _remove(path: Any, **kwargs: Any) -> None:
+    name = None if kwargs else files.absolute(path)
+    try:
+        system.remove(path, **kwargs)
+    except FileNotFoundError:
+        if name is None or saver.pretended.pop(name, None) is None:
+            raise
+        return
+    if name is not None and (name in saver.mine or os.path.dirname(name) in saver.directories):
+        # Whoever deletes a checkpoint wants its space: the earlier versions go with it.
+        saver.mine.pop(name, None)
+        for version in journal.read(name):
+            if version.kept and system.exists(journal.history_path(name, version.kept)):
+                system.remove(journal.history_path(name, version.kept))
+        journal.forget(name)
+
+
+def _mkdir(path: Any, mode: int = 0o777, **kwargs: Any) -> None:
+    name = None if kwargs else files.absolute(path)
+    if name is not None and saver.units.patterns and os.path.isdir(os.path.dirname(name)) and not system.exists(name):
+        # Before the directory: an empty one without a mark would be taken for a checkpoint.
+        try:
+            saver.units.begin(os.path.join(name, ""))
+        except OSError:
+            return system.mkdir(path, mode, **kwargs)
+    return system.mkdir(path, mode, **kwargs)
+
+
+def _rmdir(path: Any, **kwargs: Any) -> None:
+    name = None if kwargs else files.absolute(path)
+    if name is not None:
+        hidden = os.path.join(name, PRIVATE)
+        try:
+            if system.listdir(name) == [PRIVATE]:
+                shutil.rmtree(hidden)  # The program sees an empty directory, so it is one.
+        except OSError:
+            return system.rmdir(path, **kwargs)
+    return system.rmdir(path, **kwargs)
+
+
+def _listdir(path: Any = None) -> Any:
+    names = system.listdir(path)
+    name = files.absolute("." if path is None else path)
+    if name is None or PRIVATE not in names:
+        return names
+    hidden = saver.units.settle(name)
+    return [entry for entry in system.listdir(path) if entry != PRIVATE and entry not in hidden]
+
+
+def _scandir(path: Any = None) -> Any:
+    name = files.absolute("." if path is None else path)
+    hidden = saver.units.settle(name) if name is not None else set()
+    entries = system.scandir(path)
+    # rmtree goes through here: it must see our directory, or it could not delete the one above.
+    return files.Entries(entries, hidden) if hidden else entries

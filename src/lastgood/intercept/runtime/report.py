@@ -1,0 +1,74 @@
+"""What this process did, left in the run's state directory for the summary; and what it has to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+FIELDS = ("saves", "bytes", "seconds", "retries", "collisions", "failures", "set_aside", "fallbacks")
+
+
+class Report:
+    """Counts of one process. A forked child starts at nought, under its own name."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self.counts: dict[str, Any] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, in a forked child."""
+        self._lock = threading.Lock()
+        self.counts = dict.fromkeys(FIELDS, 0)
+        self.counts["last_failed"] = ""
+
+    def add(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self.counts[name] += amount
+            self._leave()
+
+    def failed(self, message: str) -> None:
+        """The last save of this process failed; cleared by the next that succeeds."""
+        with self._lock:
+            self.counts["failures"] += 1
+            self.counts["last_failed"] = message
+            self._leave()
+
+    def saved(self, size: int, seconds: float) -> None:
+        with self._lock:
+            self.counts["last_failed"] = ""
+        self.add(saves=1, bytes=size, seconds=seconds)
+
+    def _leave(self) -> None:
+        # Written after each event and not at exit: ranks end by os._exit and by signals, too.
+        if not self._state:
+            return
+        try:
+            with open(os.path.join(self._state, f"{os.getpid()}.json"), "w", encoding="utf-8") as file:
+                json.dump(self.counts, file)
+        except OSError:
+            self._state = ""  # The launcher is gone; there is nobody left to read it.
+
+    def say(self, message: str) -> None:
+        sys.stderr.write(f"lastgood run: {message}\n")
+        sys.stderr.flush()
+
+    def say_once(self, key: str, message: str) -> None:
+        """Say it once in the whole run, not once a process."""
+        if key in self._said:
+            return
+        self._said.add(key)
+        if self._state:
+            try:
+                os.close(os.open(os.path.join(self._state, f"said-{key}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                return
+            except OSError:
+                self._state = ""
+        self.say(message)

@@ -1,0 +1,361 @@
+"""One file of a program that knows nothing of us: written beside its place, synced, checked, and put there at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from . import journal, mirror, ranks, system
+from .report import Report
+from .settings import Settings
+from .units import Units
+
+SYNC_AHEAD = 64 << 20
+"""Bytes after which the system is asked to start writing, so that the sync at the end finds little left to do."""
+
+
+class Known(NamedTuple):
+    """What was saved under a name; the inode tells whether it still is that file."""
+
+    size: int
+    crc32: int
+    inode: int
+    time: float
+    """When this process began to save it, in seconds since 1970."""
+    begins: int
+    """As in :class:`journal.Version`."""
+
+
+class Raw(io.FileIO):
+    """The temporary file: counts and checksums what is written from front to back."""
+
+    def __init__(self, path: str, *, checksum: bool = True, mode: str = "x") -> None:
+        super().__init__(path, mode)  # FileIO is always binary and unbuffered.
+        self.crc: int | None = 0 if checksum else None
+        self.size = 0
+        self._ahead = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self.crc is not None and self.tell() != self.size:
+            self.crc = None  # The writer went back (a zip file does): the file is read once more at the end.
+        written = 0
+        while written < len(view):
+            # In pieces: the checksum finds the bytes in the processor's cache, and Ctrl-C gets through.
+            count = super().write(view[written : written + (1 << 22)])
+            if not count:
+                raise OSError(errno.EIO, "the disk took no bytes and gave no reason", self.name)
+            if self.crc is not None:
+                self.crc = zlib.crc32(view[written : written + count], self.crc)
+            written += count
+            self.size += count
+            if self.size - self._ahead >= SYNC_AHEAD and hasattr(os, "posix_fadvise"):
+                # DONTNEED makes Linux start to write dirty pages, and does not wait for them.
+                os.posix_fadvise(self.fileno(), self._ahead, self.size - self._ahead, os.POSIX_FADV_DONTNEED)
+                self._ahead = self.size
+        return written
+
+
+class Saver:
+    """Everything that is saved by this process goes through here."""
+
+    def __init__(self, settings: Settings, report: Report) -> None:
+        self.settings = settings
+        self.report = report
+        self.units = Units(settings, report)
+        self.mine: dict[str, Known] = {}
+        """The files that this process saved."""
+        self.directories: set[str] = set()
+        """Where it saved them."""
+        self.pretended: dict[str, int] = {}
+        """Paths that only look saved to this process, since rank 0 saves for all; and their sizes in bytes."""
+        self._rounds: dict[str, tuple[int, float]] = {}
+        self._cleared: set[str] = set()
+
+    # Who writes.
+
+    def leaves_to_rank_zero(self, path: str) -> bool:
+        """Whether this rank only acts as if it saved. A name that holds the rank's own number is the rank's own."""
+        if self.settings.save_on != "rank0":
+            return False
+        rank = ranks.rank()
+        return rank is not None and rank > 0 and not _names_rank(path, rank)
+
+    def pretend(self, path: str, size: int) -> None:
+        self.pretended[path] = size
+        self.report.add(collisions=1)
+
+    # Writing.
+
+    @contextlib.contextmanager
+    def writing(self, path: str) -> Iterator[Any]:
+        """A new file for `path`, put in place when the block ends well, and gone when it does not.
+
+        It is for torch.save, whose zip has checksums of its own: computing them again would double what a save costs.
+        """
+        called = time.time()
+        temporary = self.temporary(path)
+        try:
+            raw = Raw(temporary, checksum=False)
+            with io.BufferedWriter(raw, 1 << 20) as file:
+                yield file
+                self.finish(raw, file)
+        except BaseException as error:
+            self.abandon(temporary, path, error)
+            raise
+        begins = journal.zip_directory(temporary)
+        _, crc = journal.checksum(temporary, begins)
+        self.put(temporary, path, raw.size, crc, called, begins=begins)
+
+    def temporary(self, path: str) -> str:
+        directory = os.path.dirname(path)
+        if directory not in self._cleared:
+            self._cleared.add(directory)
+            system.clear_leftovers(directory)
+        return system.temporary(path)
+
+    def finish(self, raw: Raw, file: Any) -> None:
+        """Flush and sync, and look whether the file has what was written."""
+        file.flush()
+        system.sync_file(raw.fileno())
+        size = os.fstat(raw.fileno()).st_size
+        if size != raw.size:
+            raw.crc = None  # Written around us through the descriptor, as numpy's tofile does.
+            raw.size = size
+
+    def abandon(self, temporary: str, path: str, error: BaseException) -> None:
+        with contextlib.suppress(OSError):
+            system.remove(temporary)
+        if not isinstance(error, GeneratorExit):
+            self.report.failed(f"{path} was not saved: {error!r}; what had this name before is unchanged")
+
+    # Putting in place.
+
+    def put(
+        self,
+        source: str,
+        target: str,
+        size: int,
+        crc: int | None,
+        called: float,
+        *,
+        begins: int = 0,
+        operation: Callable[[], Any] | None = None,
+    ) -> bool:
+        """Give the complete file `source` the name `target`. Returns False where another rank's file is kept instead.
+
+        Args:
+            operation: the program's own rename; a replacement by default.
+
+        Raises:
+            OSError: the system refused to the end. The complete file stays under the name that the message gives.
+        """
+        if crc is None:
+            size, crc = journal.checksum(source)
+        round_, before = self._next_round(target, called)
+        rank = ranks.rank()
+        if self._is_from_rank_zero(source):
+            rank = 0  # Both saved one temporary name, and rank 0's content is what lies there.
+        try:
+            with system.locked(target):
+                inode = os.stat(source).st_ino
+                versions = journal.read(target)
+                if rank:
+                    theirs = self._of_rank_zero(versions, round_, before, called)
+                    if theirs is not None:
+                        self.report.add(collisions=1)
+                        system.remove(source)
+                        self.mine[target] = Known(theirs.size, theirs.crc32, theirs.inode, called, theirs.begins)
+                        return False
+                self.units.begin(target)
+                now = time.time()
+                versions = self._keep_old(target, versions)
+                program = os.path.basename(sys.argv[0]) if sys.argv else ""
+                new = journal.Version(size, crc, now, -1 if rank is None else rank, round_, self.settings.run, program)
+                new.inode, new.begins = inode, begins
+                journal.write(target, [*versions, new])
+                system.patiently(
+                    operation or (lambda: system.replace(source, target)), self.settings.patience, self._count_retry
+                )
+                system.sync_dir(os.path.dirname(target))
+                self._forget_oldest(target, [*versions, new])
+                self.units.saved(target)
+        except FileNotFoundError:
+            raise  # The source was taken away by another rank, or the directory by the program: the caller looks.
+        except OSError as error:
+            raise self._refused(source, target, error) from error
+        self.mine[target] = Known(size, crc, inode, called, begins)
+        self.directories.add(os.path.dirname(target))
+        self.pretended.pop(target, None)
+        self.report.saved(size, time.time() - called)
+        if self.settings.mirror:
+            mirror.copy(target, self.settings, self.report)
+        return True
+
+    def _next_round(self, target: str, called: float) -> tuple[int, float]:
+        """How often this process has saved `target`, this time included, and when it began the time before."""
+        count, before = self._rounds.get(target, (0, 0.0))
+        self._rounds[target] = (count + 1, called)
+        return count + 1, before
+
+    def _of_rank_zero(
+        self, versions: list[journal.Version], round_: int, before: float, called: float
+    ) -> journal.Version | None:
+        """What rank 0 of this run put here while this rank was saving, or since its last time and in the same round.
+
+        Rank 0 itself never looks: its file is put in place whatever others did, so that it has the last word.
+        """
+        for version in reversed(versions):
+            since = before if version.round == round_ else called
+            if version.run == self.settings.run and version.rank == 0 and version.time >= since:
+                return version
+        return None
+
+    def _is_from_rank_zero(self, source: str) -> bool:
+        newest = journal.read(source)[-1:] if source in self.mine else []
+        return bool(newest) and newest[0].rank == 0 and newest[0].run == self.settings.run
+
+    def _count_retry(self) -> None:
+        self.report.add(retries=1)
+
+    def _refused(self, source: str, target: str, error: OSError) -> OSError:
+        message = (
+            f"{target} could not be replaced: {error.strerror or error}. The complete new file is {source}; the "
+            f"old one is unchanged. Close the program that has {os.path.basename(target)} open, then rename it by hand"
+        )
+        self.report.failed(message)
+        refused = type(error)(error.errno, message)
+        if getattr(error, "winerror", None) is not None:
+            refused.winerror = error.winerror  # type: ignore[attr-defined,unused-ignore]
+        return refused
+
+    def _keep_old(self, target: str, versions: list[journal.Version]) -> list[journal.Version]:
+        """Link the file that is about to be replaced into the history."""
+        if not self.settings.history or not system.isfile(target):
+            return versions
+        status = os.stat(target)
+        there = [v for v in versions if v.inode == status.st_ino and v.size == status.st_size]
+        # The newest entry is not always what lies there: a save may have been cut off before its file was in place.
+        if not there:
+            there = [journal.Version(status.st_size, -1, status.st_mtime, inode=status.st_ino)]
+            versions = [*versions, there[0]]
+        current = there[-1]
+        name = f"{os.path.basename(target)}.{int(current.time * 1000)}"
+        link = journal.history_path(target, name)
+        try:
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.link(target, link)
+        except FileExistsError:
+            pass  # This version has its link: it was kept when a save was cut off after this point.
+        except OSError as error:
+            self.report.say_once("links", f"earlier versions are not kept: no hard links here ({error})")
+            return versions
+        current.kept = name
+        return versions
+
+    def _forget_oldest(self, target: str, versions: list[journal.Version]) -> None:
+        kept = [version for version in versions if version.kept]
+        for version in kept[: -self.settings.history] if self.settings.history else kept:
+            with contextlib.suppress(OSError):  # A program has it open: it goes the next time.
+                system.remove(journal.history_path(target, version.kept))
+                version.kept = ""
+        if (kept and not all(version.kept for version in kept)) or len(versions) > journal.KEEP_ENTRIES:
+            recent = versions[-journal.KEEP_ENTRIES :]
+            journal.write(target, [v for v in versions if v.kept or v in recent])
+
+    # Moving.
+
+    def move(self, source: str, target: str, rename: Callable[[], Any], *, across: bool) -> bool:
+        """Move a file over another, by the program's own `rename` where that can be atomic, else by a whole copy.
+
+        Args:
+            across: copy where source and target are on different file systems; else the rename fails there, as ever.
+
+        Returns False where nothing was to be done, since another rank has done it.
+        """
+        called = time.time()
+        if source in self.pretended:
+            self.pretended[target] = self.pretended.pop(source)
+            return False
+        # Other ranks may save under the same temporary name: what we saved must not change while we move it.
+        with system.locked(source) if source in self.mine else contextlib.nullcontext():
+            if not system.exists(source):
+                return self._moved_by_another(source, target, rename)
+            if self.leaves_to_rank_zero(target):
+                self.pretend(target, system.getsize(source))
+                system.remove(source)
+                return False
+            known = self.mine.get(source)
+            if known is not None and known.inode != os.stat(source).st_ino:
+                known = None
+            if across and not _same_file_system(source, target):
+                moved = self._move_across(source, target, known, called)
+            else:
+                if known is None:
+                    system.sync_path(source)
+                size, crc, begins = (known.size, known.crc32, known.begins) if known else (0, None, 0)
+                moved = self.put(source, target, size, crc, called, begins=begins, operation=rename)
+            if self.mine.pop(source, None):
+                journal.forget(source)
+            return moved
+
+    def _move_across(self, source: str, target: str, known: Known | None, called: float) -> bool:
+        with self.copied(source, target) as (temporary, raw):
+            saved = [journal.Version(known.size, known.crc32, known.time, begins=known.begins)] if known else []
+            if journal.check(temporary, saved):
+                raise OSError(
+                    errno.EIO, f"the copy of {source} for {target} differs from what was saved; both are kept"
+                )
+        moved = self.put(temporary, target, raw.size, raw.crc, called)
+        system.patiently(lambda: system.remove(source), self.settings.patience, self._count_retry)
+        return moved
+
+    @contextlib.contextmanager
+    def copied(self, source: str, target: str) -> Iterator[tuple[str, Raw]]:
+        """A synced copy of `source` under a temporary name beside `target`."""
+        temporary = self.temporary(target)
+        try:
+            with system.open_file(source, "rb", buffering=0) as reader, Raw(temporary) as raw:
+                while True:
+                    block = reader.read(1 << 22)
+                    if not block:
+                        break
+                    raw.write(block)
+                self.finish(raw, raw)
+            yield temporary, raw
+        except BaseException as error:
+            self.abandon(temporary, target, error)
+            raise
+
+    def _moved_by_another(self, source: str, target: str, rename: Callable[[], Any]) -> bool:
+        """The source is gone. Where both ranks saved one temporary name, the other has moved it: to the same place."""
+        known = self.mine.pop(source, None)
+        if known is not None:
+            # The other renames first and releases the lock after: its journal entry is there when we hold the lock.
+            with system.locked(target):
+                versions = journal.read(target)
+                if any(v.run == self.settings.run and v.time >= known.time for v in versions):
+                    self._next_round(target, time.time())
+                    self.report.add(collisions=1)
+                    return False
+        rename()  # Fails as it would have without us.
+        return True
+
+
+def _names_rank(path: str, rank: int) -> bool:
+    return re.search(rf"(?<!\d)0*{rank}(?!\d)", os.path.basename(path)) is not None
+
+
+def _same_file_system(source: str, target: str) -> bool:
+    try:
+        return os.stat(source).st_dev == os.stat(os.path.dirname(target)).st_dev
+    except OSError:
+        return True  # The rename itself will say what is wrong.

@@ -1,0 +1,235 @@
+"""The file system as it was before anything was patched, with patience for programs that hold a file open."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .settings import PRIVATE
+
+# Taken when this module is imported, before the patches: our own work must not run through them.
+open_file = io.open
+listdir = os.listdir
+scandir = os.scandir
+rename = os.rename
+replace = os.replace
+remove = os.remove
+rmdir = os.rmdir
+mkdir = os.mkdir
+stat = os.stat
+exists = os.path.exists
+isfile = os.path.isfile
+getsize = os.path.getsize
+copyfile = shutil.copyfile
+move = shutil.move
+
+WINDOWS = os.name == "nt"
+_SHARING = (5, 32, 33)
+# Windows: access denied, sharing violation, lock violation.
+_threads: dict[str, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]
+LOCK_DEADLINE = 60.0
+"""Seconds to wait for another process that is putting a file in place."""
+
+_started = time.time()
+temporary_count = 0
+
+
+def after_fork() -> None:
+    _threads.clear()  # A lock that another thread of the parent held would never be released in the child.
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
+
+
+def is_held(error: OSError) -> bool:
+    """Whether another program has the file open, and may soon let go."""
+    return getattr(error, "winerror", None) in _SHARING or error.errno == errno.ETXTBSY
+
+
+def patiently(operation: Callable[[], Any], patience: float, on_retry: Callable[[], None]) -> Any:
+    """Try again with growing pauses, for `patience` seconds, while the file is held by another program."""
+    give_up = time.monotonic() + patience
+    pause = 0.005
+    while True:
+        try:
+            return operation()
+        except OSError as error:
+            if not is_held(error) or time.monotonic() + pause > give_up:
+                raise
+        on_retry()
+        time.sleep(pause)
+        pause = min(pause * 2, 0.5)
+
+
+def sync_file(descriptor: int) -> None:
+    """Return when the bytes are on the disk."""
+    try:
+        import fcntl
+
+        if hasattr(fcntl, "F_FULLFSYNC"):  # Apple's fsync does not empty the cache of the drive.
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    except (ImportError, OSError):
+        pass  # Windows has no fcntl, network drives on macOS no F_FULLFSYNC: plain fsync follows.
+    os.fsync(descriptor)
+
+
+def sync_path(path: str) -> None:
+    """Make a file durable that someone else wrote. Opened for writing, since Windows refuses to sync a reader."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    except OSError:
+        if WINDOWS:
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_dir(path: str) -> None:
+    """Make the names in a directory durable, where the system has such a call."""
+    if WINDOWS:
+        return
+    descriptor = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def private(directory: str) -> str:
+    """The hidden directory beside the files of `directory`, made if need be."""
+    path = os.path.join(directory, PRIVATE)
+    try:
+        os.mkdir(path)
+        if WINDOWS:
+            import ctypes
+
+            windll: Any = getattr(ctypes, "windll")  # noqa: B009 - mypy on Linux knows no windll
+            windll.kernel32.SetFileAttributesW(path, 2)  # FILE_ATTRIBUTE_HIDDEN: the dot hides nothing there
+    except FileExistsError:
+        pass
+    return path
+
+
+def temporary(target: str) -> str:
+    """A name on the target's file system that no other process uses and no pattern of the program matches."""
+    global temporary_count
+    temporary_count += 1
+    name = f"tmp-{socket.gethostname()}-{os.getpid()}-{temporary_count}-{os.urandom(4).hex()}"
+    return os.path.join(private(os.path.dirname(target)), name)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    if WINDOWS:
+        import ctypes
+
+        kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009
+        handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if not handle:
+            return False
+        code = ctypes.c_ulong()
+        kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        kernel.CloseHandle(handle)
+        return code.value == 259  # STILL_ACTIVE
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def birth(pid: int) -> str:
+    """What tells a process from a later one with the same pid, where the system says it (Linux)."""
+    try:
+        with open_file(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            stat = file.read()
+        with open_file("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return stat.rsplit(")", 1)[1].split()[19] + file.read().strip()
+    except (OSError, IndexError):
+        return ""
+
+
+def clear_leftovers(directory: str) -> None:
+    """Delete the temporary files in `directory` that processes of this machine left when they were killed."""
+    hidden = os.path.join(directory, PRIVATE)
+    prefix = f"tmp-{socket.gethostname()}-"
+    try:
+        names = listdir(hidden)
+    except OSError:
+        return
+    for name in names:
+        pid = name[len(prefix) :].split("-")[0] if name.startswith(prefix) else ""
+        if pid.isdigit() and int(pid) != os.getpid() and not is_alive(int(pid)):
+            with contextlib.suppress(OSError):  # Another rank may have deleted it first.
+                remove(os.path.join(hidden, name))
+
+
+@contextlib.contextmanager
+def locked(target: str) -> Iterator[None]:
+    """Only one process, and one of its threads, at a time. Held by the system: it ends with the process.
+
+    Where the file system has no locks, or the other holds on past the deadline, we go on without: temporary names are
+    unique, so that what results is one whole file even then.
+    """
+    # Sixteen lock files for a directory: one for each target would litter where names carry the time.
+    slot = hashlib.md5(os.path.basename(target).encode("utf-8", "surrogateescape")).hexdigest()[0]
+    path = os.path.join(private(os.path.dirname(target)), f"lock-{slot}")
+    thread_lock = _threads.setdefault(path, threading.RLock())
+    with thread_lock:
+        if getattr(_holding, "paths", None) is None:
+            _holding.paths = set()
+        if path in _holding.paths:
+            yield
+            return
+        with open_file(path, "ab") as file:
+            _acquire(file)
+            _holding.paths.add(path)
+            try:
+                yield
+            finally:
+                _holding.paths.discard(path)
+
+
+_holding = threading.local()
+
+
+def _acquire(file: Any) -> None:
+    deadline = time.monotonic() + LOCK_DEADLINE
+    pause = 0.001
+    while time.monotonic() < deadline:
+        try:
+            if WINDOWS:
+                import msvcrt
+
+                file.seek(0)
+                lock: Any = msvcrt
+                lock.locking(file.fileno(), lock.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return
+        time.sleep(pause)
+        pause = min(pause * 2, 0.02)

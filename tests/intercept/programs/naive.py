@@ -1,0 +1,26 @@
+"""Overwrites last.pth in place, as most scripts do."""
+
+import json
+import os
+
+import torch
+
+
+def note(variable, step):
+    with open(os.environ[variable], "a") as file:
+        file.write(f"{step}\n")
+
+
+state = {"step": 0, "w": torch.zeros(300)}
+if os.path.exists("last.pth"):
+    state = torch.load("last.pth")
+    assert bool((state["w"] == state["step"]).all())
+    with open("state.json") as file:
+        json.load(file)
+note("RESUMED", state["step"])
+if "RESUME_ONLY" not in os.environ:
+    for step in range(state["step"] + 1, 4):
+        with open("state.json", "w") as file:
+            json.dump({"step": step, "text": "x" * 1000}, file)
+        torch.save({"step": step, "w": torch.full((300,), float(step))}, "last.pth")
+        note("ACK", step)

@@ -1,0 +1,422 @@
+"""`lastgood run` on real processes: the environment, the ranks, moves, damage, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from lastgood.cli.run import run as command
+from lastgood.intercept import journal, launch
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX processes")
+
+
+def start(directory: Path, code: str, *options: str, protected: bool = True, **variables: str) -> tuple[int, str]:
+    """Exit code and output of a script, with or without `lastgood run`."""
+    script = directory / "script.py"
+    script.write_text(textwrap.dedent(code))
+    prefix = [sys.executable, "-m", "lastgood.cli.run", *options, "--"] if protected else []
+    done = subprocess.run(
+        [*prefix, sys.executable, str(script)],
+        cwd=directory,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    directory = subprocess.run(["mktemp", "-d", "-p", "/dev/shm"], capture_output=True, text=True).stdout.strip()
+    if not directory:
+        pytest.skip("there is no /dev/shm")
+    yield Path(directory)
+    subprocess.run(["rm", "-rf", directory], check=True)
+
+
+# The bug that this project starts from.
+
+RANKS = """
+    import os, shutil, sys, time
+    import torch
+
+    def rank(number, rounds, target, wake):
+        if os.environ.get("KNOWN"):
+            os.environ.update(RANK=str(number), WORLD_SIZE="2")
+        failures = 0
+        for i in range(rounds):
+            wake.wait(60)
+            name = f"{round_names[i]}.pth"      # time.time() of both, in one tick of the clock
+            try:
+                torch.save({"round": i, "rank": number, "w": torch.full((3000,), float(i))}, name)
+                shutil.move(name, target)
+            except Exception as error:
+                failures += 1
+                print(f"round {i} rank {number}: {error!r}", flush=True)
+            wake.wait(60)
+            saved = torch.load(target)
+            if not bool((saved["w"] == saved["round"]).all()) or saved["round"] != i:
+                failures += 1
+                print("round", i, "damaged", saved["round"], flush=True)
+            wake.wait(60)
+        sys.stdout.flush()
+        os._exit(1 if failures else 0)
+
+    rounds = int(os.environ["ROUNDS"])
+    round_names = [f"{1795380252 + i}.{i}" for i in range(rounds)]
+    if __name__ == "__main__":
+        import multiprocessing
+        context = multiprocessing.get_context("fork")
+        wake = context.Barrier(2)
+        target = os.environ["TARGET"]
+        ranks = [context.Process(target=rank, args=(i, rounds, target, wake)) for i in range(2)]
+        for process in ranks: process.start()
+        for process in ranks: process.join()
+        sys.exit(max(process.exitcode for process in ranks))
+"""
+
+
+@posix
+@pytest.mark.parametrize("known", ["", "1"], ids=["ranks unknown", "ranks known"])
+@pytest.mark.parametrize("across", [False, True], ids=["one file system", "two file systems"])
+def test_two_ranks_with_one_temporary_name(tmp_path: Path, memory: Path, across: bool, known: str) -> None:
+    target = (memory if across else tmp_path) / "last.pth"
+    code, output = start(tmp_path, RANKS, ROUNDS="200", TARGET=str(target), KNOWN=known)
+    assert code == 0, output
+    assert torch.load(target)["round"] == 199
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("1795")]
+    assert not [finding for finding in journal.verify(target.parent) if finding.damage]
+
+
+@posix
+def test_the_same_ranks_fail_without_us(tmp_path: Path) -> None:
+    code, output = start(tmp_path, RANKS, protected=False, ROUNDS="200", TARGET=str(tmp_path / "last.pth"))
+    assert code == 1
+    assert "FileNotFoundError" in output or "No such file" in output
+
+
+@posix
+def test_save_on_rank0_writes_once_and_the_others_see_it_as_done(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, shutil, torch
+        rank = os.environ["RANK"]
+        torch.save({"rank": rank}, f"tmp-{rank}x.pth")
+        assert os.path.exists(f"tmp-{rank}x.pth") and os.path.getsize(f"tmp-{rank}x.pth") > 500
+        shutil.move(f"tmp-{rank}x.pth", "last.pth")
+        assert not os.path.exists(f"tmp-{rank}x.pth") and os.path.isfile("last.pth")
+        torch.save({"rank": rank}, f"rng_state_{rank}.pth")
+        """,
+        "--save-on",
+        "rank0",
+        RANK="7",
+        WORLD_SIZE="8",
+    )
+    # Rank 7's temporary name has its number, so that file is its own: it is the target that is rank 0's.
+    assert code == 0, output
+    assert not (tmp_path / "last.pth").exists()
+    assert torch.load(tmp_path / "rng_state_7.pth") == {"rank": "7"}
+    code, output = start(tmp_path, "import torch; torch.save([0], 'last.pth')", "--save-on", "rank0", RANK="0")
+    assert code == 0, output
+    assert torch.load(tmp_path / "last.pth") == [0]
+
+
+# Files.
+
+
+def test_history_fallback_and_verify(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path, "import torch\nfor i in range(5): torch.save({'i': i}, 'last.pth')", "--history", "2"
+    )
+    assert code == 0, output
+    assert len(list((tmp_path / ".lastgood" / "history").iterdir())) == 2
+    assert not [finding for finding in journal.verify(tmp_path) if finding.damage]
+    assert len(journal.verify(tmp_path)) == 3
+    data = bytearray((tmp_path / "last.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "last.pth").write_bytes(data)
+    assert [Path(finding.path).name for finding in journal.verify(tmp_path) if finding.damage] == ["last.pth"]
+    load = "import torch; print('loaded', torch.load('last.pth')['i'])"
+    code, output = start(tmp_path, load)
+    assert code == 1
+    assert "is damaged" in output and ".lastgood/history/last.pth." in output.replace("\\", "/")
+    code, output = start(tmp_path, load, "--fallback")
+    assert code == 0
+    assert "loaded 3" in output and "instead" in output
+
+
+def test_a_file_that_another_program_replaced_is_not_called_damaged(tmp_path: Path) -> None:
+    assert start(tmp_path, "import torch; torch.save({'i': 1}, 'last.pth')")[0] == 0
+    torch.save({"i": 2, "more": torch.zeros(100)}, tmp_path / "last.pth")
+    code, output = start(tmp_path, "import torch; print('loaded', torch.load('last.pth')['i'])")
+    assert "loaded 2" in output and code == 0
+
+
+def test_an_error_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import json, torch
+        torch.save([1], "last.pth")
+        json.dump([1], open("state.json", "w"))
+        class Bad:
+            def __reduce__(self): raise ValueError("no")
+        for save in (lambda: torch.save([torch.zeros(9), Bad()], "last.pth"),):
+            try: save()
+            except (ValueError, TypeError): pass
+        try:
+            with open("state.json", "w") as file:
+                file.write("[")
+                raise KeyError
+        except KeyError: pass
+        assert torch.load("last.pth") == [1] and json.load(open("state.json")) == [1]
+        """,
+    )
+    assert code == launch.LAST_SAVE_FAILED, output
+    assert "the last save FAILED" in output
+    assert not [path for path in (tmp_path / ".lastgood").iterdir() if path.name.startswith("tmp-")]
+
+
+HELD = """
+    import os, shutil, sys, time, torch
+    import _lastgood_run.system as system
+    real, until = system.replace, time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else os.environ["HELD"])
+    def held(source, target):
+        if "last.pth" in str(target) and not str(target).endswith(".jsonl") and time.monotonic() < until:
+            error = PermissionError(13, "used by another process"); error.winerror = 32
+            raise error
+        return real(source, target)
+    system.replace = held
+    torch.save([1], "new.pth")
+    try:
+        if os.environ["HOW"] == "save": torch.save([1], "last.pth")
+        else: shutil.move("new.pth", "last.pth")
+    except PermissionError as error:
+        print("REFUSED", error)
+"""
+
+
+@pytest.mark.parametrize("how", ["save", "move"])
+def test_a_destination_that_is_held_for_a_while(tmp_path: Path, how: str) -> None:
+    code, output = start(tmp_path, HELD, HELD="0.7", HOW=how)
+    assert code == 0, output
+    assert torch.load(tmp_path / "last.pth") == [1]
+    assert "REFUSED" not in output and " 0 retries" not in output
+
+
+@pytest.mark.parametrize("how", ["save", "move"])
+def test_a_destination_that_stays_held_keeps_the_new_file(tmp_path: Path, how: str) -> None:
+    code, output = start(tmp_path, HELD, "--patience", "0.5", HELD="100", HOW=how)
+    assert code == launch.LAST_SAVE_FAILED, output
+    kept = output.split("The complete new file is ")[1].split(";")[0]
+    assert torch.load(kept) == [1]
+    assert not (tmp_path / "last.pth").exists()
+
+
+def test_mirror(tmp_path: Path) -> None:
+    code, output = start(tmp_path, "import torch; torch.save([1], 'last.pth')", "--mirror", str(tmp_path / "copies"))
+    assert code == 0, output
+    assert torch.load(tmp_path / "copies" / "last.pth") == [1]
+
+
+def test_the_program_does_not_see_our_directory(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import glob, os, shutil, torch
+        for name in ("a", "b"):
+            os.mkdir(name)
+            torch.save([1], f"{name}/x.pth")
+            assert os.listdir(name) == ["x.pth"] and glob.glob(f"{name}/*") == [os.path.join(name, "x.pth")]
+        os.remove("a/x.pth")
+        os.rmdir("a")
+        shutil.rmtree("b")
+        assert not os.path.exists("a") and not os.path.exists("b")
+        """,
+    )
+    assert code == 0, output
+
+
+def test_an_unfinished_directory_is_set_aside(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, signal, torch
+        for step in (1, 2):
+            os.mkdir(f"checkpoint-{step}")
+            for part in ("model", "optimizer"):
+                torch.save([step], f"checkpoint-{step}/{part}.pth")
+                if step == 2: os.kill(os.getpid(), 9)
+        """,
+        "--complete",
+        "checkpoint-*",
+    )
+    assert code == 128 + 9, output
+    assert (tmp_path / "checkpoint-2").exists()
+    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir()))", "--complete", "checkpoint-*")
+    assert "['checkpoint-1', 'script.py']" in output and "not completely written" in output
+
+
+# The environment.
+
+
+def test_children_of_every_kind_are_reached(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import multiprocessing, os, subprocess, sys
+        import torch, torch.multiprocessing
+        def child(index, name):
+            torch.save([index], f"{name}.pth")
+        class Data(torch.utils.data.Dataset):
+            def __len__(self): return 1
+            def __getitem__(self, index):
+                torch.save([index], "worker.pth"); return 0
+        if __name__ == "__main__":
+            torch.multiprocessing.spawn(child, args=("spawn",), nprocs=1)
+            process = multiprocessing.get_context("fork").Process(target=child, args=(0, "fork"))
+            process.start(); process.join()
+            list(torch.utils.data.DataLoader(Data(), num_workers=1))
+            subprocess.run([sys.executable, "-c", "import torch; torch.save([1], 'subprocess.pth')"], check=True)
+        """,
+    )
+    assert code == 0, output
+    for name in ("spawn", "fork", "worker", "subprocess"):
+        assert (tmp_path / ".lastgood" / f"{name}.pth.jsonl").exists(), (name, output)
+    assert "4 files saved" in output
+
+
+def test_a_sitecustomize_of_the_user_runs_too(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("print('the own one ran')")
+    path = os.pathsep.join([str(tmp_path / "own"), os.environ.get("PYTHONPATH", "")])
+    code, output = start(tmp_path, "import sys; print(sys.modules['sitecustomize'].__file__)", PYTHONPATH=path)
+    assert code == 0
+    assert "the own one ran" in output and os.path.join("own", "sitecustomize.py") in output
+
+
+def test_nothing_is_loaded_before_torch_is(tmp_path: Path) -> None:
+    code, output = start(tmp_path, "import sys; print([n for n in sys.modules if n.startswith('_lastgood_run')])")
+    assert code == 0
+    assert "[]" in output
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "3.0.0", "nonsense"])
+def test_an_unknown_torch_switches_it_off_with_one_warning(tmp_path: Path, version: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        f"__version__ = {version!r}\ndef save(obj, f): open(f, 'w').write('plain')\ndef load(f): pass\n"
+    )
+    code, output = start(
+        tmp_path,
+        """
+        import subprocess, sys, torch
+        torch.save(1, "a.pth")
+        assert open("a.pth").read() == "plain"
+        if len(sys.argv) == 1: subprocess.run([sys.executable, __file__, "again"], check=True)
+        """,
+    )
+    assert code == 0, output
+    assert output.count("NOT made safe") == 1
+    assert not (tmp_path / ".lastgood").exists()
+
+
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", 143)])
+@posix
+def test_the_exit_code_is_the_programs(tmp_path: Path, ending: str, code: int) -> None:
+    assert start(tmp_path, f"import os, sys\n{ending}")[0] == code
+
+
+@posix
+def test_a_python_that_ignores_us_is_named_and_can_be_fixed(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "v")], check=True)
+    python = str(tmp_path / "v" / "bin" / "python")
+    assert launch.blind_python([python, "script.py"]) is None
+    assert "--install" in (launch.blind_python([python, "-I", "script.py"]) or "")
+    assert "-S" in (launch.blind_python([python, "-I", "-S", "script.py"]) or "")
+    result = CliRunner().invoke(command, ["--install", python])
+    assert result.exit_code == 0, result.output
+    assert launch.blind_python([python, "-I", "script.py"]) is None
+    result = CliRunner().invoke(command, ["--uninstall", python])
+    assert "was removed" in result.output
+    assert launch.blind_python([python, "-I", "script.py"]) is not None
+    assert "nothing of ours" in CliRunner().invoke(command, ["--uninstall", python]).output
+
+
+def test_a_command_that_does_not_exist() -> None:
+    result = CliRunner().invoke(command, ["--", "no-such-program-here"])
+    assert result.exit_code == 127
+
+
+def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path) -> None:
+    (tmp_path / "GPT_SoVITS").mkdir()
+    (tmp_path / "GPT_SoVITS" / "s2_train.py").write_text("try: pass\nexcept: pass")
+    (tmp_path / "GPT_SoVITS" / "utils.py").write_text("shutil.move(tmp_path, x)")
+    script = str(tmp_path / "GPT_SoVITS" / "s2_train.py")
+    result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, script])
+    assert result.exit_code == 0, result.output
+    assert "2 known saving defects" in result.output and "Preset gpt-sovits" in result.output
+
+
+def test_settings_that_cannot_be_read_are_no_crash(tmp_path: Path) -> None:
+    code, output = start(tmp_path, "import torch; torch.save([1], 'a.pth')", protected=False, LASTGOOD_RUN="{")
+    assert code == 0, output
+    environment = {**launch.environment(launch.Settings()), "LASTGOOD_RUN": json.dumps([])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "NOT made safe" in done.stderr
+
+
+FOUND = [path for name in (f"python3.{minor}" for minor in range(6, 16)) if (path := shutil.which(name))]
+
+
+@pytest.mark.parametrize("python", FOUND or [sys.executable])
+def test_the_runtime_runs_in_other_pythons_without_our_packages(tmp_path: Path, python: str) -> None:
+    version = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+    if version.returncode:
+        pytest.skip(f"{python} does not start")
+    (tmp_path / "torch").mkdir()
+    stub = Path(__file__).parent / "programs" / "stub_torch.py"
+    (tmp_path / "torch" / "__init__.py").write_text(stub.read_text())
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, shutil, sys, torch, zipfile
+            for i in range(3): torch.save([i], "last.pth")
+            torch.save([9], "a.pth")
+            shutil.move("a.pth", "last.pth"); os.replace("last.pth", "b.pth"); shutil.copy("b.pth", "last.pth")
+            with open("x.json", "w") as file: json.dump(1, file)
+            with zipfile.ZipFile("z.npz", "w") as archive: archive.writestr("a", "b")
+            os.makedirs("checkpoint-1"); torch.save([1], "checkpoint-1/m.pth")
+            assert torch.load("last.pth") == [9]
+            print(sorted(name for name in os.listdir(".lastgood") if name.endswith(".jsonl")))
+            """
+        )
+    )
+    variables = launch.environment(
+        launch.Settings(run="r", complete=["checkpoint-*"], save_on="rank0"), dict(os.environ)
+    )
+    variables["PYTHONPATH"] = str(launch.INJECT)
+    done = subprocess.run([python, str(script)], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    if tuple(int(part) for part in version.stdout.split()) < (3, 8):
+        assert "3.8 or newer is needed" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['b.pth.jsonl', 'last.pth.jsonl', 'x.json.jsonl', 'z.npz.jsonl']"
