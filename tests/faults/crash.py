@@ -271,7 +271,7 @@ def run(
 ) -> Result:
     """Every point of every combination."""
     jobs.limit_threads()
-    result = Result("Killed at every disk operation")
+    result = Result(f"Killed at every disk operation, {' and '.join(map(str, worlds))} rank(s)")
     with result.timed(), scratch() as directory:
         for number, (world, kind, scenario) in enumerate(itertools.product(worlds, kinds, scenarios)):
             if world == 1 and kind == "differing":
