@@ -6,6 +6,7 @@ read it, all go back to the same older one, which overwrites every tensor. Where
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,10 +89,12 @@ class Restore:
             self.channel.post(f"{self.key}/0", {"fresh": True})
             return Restored(None, None, {}, None, False)
         damage: list[str] = []
-        for number, entry in enumerate(self._candidates(step, keep, known, newest)):
+        proposals = itertools.count()
+        for entry in self._candidates(step, keep, known, newest):
             try:
                 manifest = catalog.check_quick(entry)
-                restored = self._try(entry, manifest, number)
+                # Counted here, not with the candidates: the others never hear of one that fails the quick check.
+                restored = self._try(entry, manifest, next(proposals))
             except DamagedError as error:
                 damage.append(str(error))
                 self.report("skip", entry, str(error))
