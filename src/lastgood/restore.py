@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lastgood import catalog
+from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.coordinate import Channel
 from lastgood.errors import DamagedError, LastGoodError, MismatchError, PeerError
@@ -82,6 +82,7 @@ class Restore:
                 )
 
     def _choose_and_load(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
+        self._check_mirror()
         known, newest = self._known(), self._newest()
         if newest is None:
             if step is not None:
@@ -107,6 +108,20 @@ class Restore:
             "objects of this job may be partly overwritten: do not train on with them. `lastgood verify --full` shows "
             "the damage; to start anew, use another run directory."
         )
+
+    def _check_mirror(self) -> None:
+        """Leave out a mirror that cannot be read, where the run has checkpoints. Raises LastGoodError where not."""
+        try:
+            if self.mirror is not None:
+                disk.names(self.mirror)
+        except OSError as error:
+            if catalog.newest(self.run) is None:
+                raise LastGoodError(
+                    f"{self.run} holds no checkpoint, and the mirror {self.mirror} cannot be read: {error}. It may "
+                    "hold the training's past, so nothing is started anew."
+                ) from error
+            _log.warning("the mirror %s cannot be read (%s): restoring from the run alone", self.mirror, error)
+            self.mirror = None
 
     def _known(self) -> list[Entry]:
         """Committed checkpoints here and in the mirror, from old to new; of both places, the run's first."""

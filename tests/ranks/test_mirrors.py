@@ -149,6 +149,25 @@ def test_an_unreachable_mirror_beside_an_empty_run_is_no_fresh_start(tmp_path: P
     assert isinstance(ended[1].error, LastGoodError)
 
 
+def test_an_unreadable_mirror_beside_a_run_with_checkpoints_is_left_out(tmp_path: Path) -> None:
+    def main(rank: Rank) -> tuple[int, int]:
+        listing = disk.names
+
+        def names(path: Path) -> list[str]:
+            if path.name == "mirror":
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return listing(path)
+
+        disk.names = names
+        return restore(rank, deadline=20)
+
+    for e in run(tmp_path, "1", lambda rank: save(rank, [1, 2])):
+        e.ok()
+    ended = run(tmp_path, "2", main)
+    assert [e.ok() for e in ended] == [(2, 2)] * 2
+    assert ended[0].logged("restoring from the run alone")
+
+
 def test_which_checkpoints_are_copied_and_which_copies_stay(tmp_path: Path) -> None:
     def main(rank: Rank) -> None:
         mirror = Mirror(path=rank.run.with_name("mirror"), every=2, keep=Keep(last=2))
@@ -185,7 +204,7 @@ def test_a_copy_that_was_broken_off_is_no_checkpoint_and_is_made_again(tmp_path:
     assert (tmp_path / "mirror" / "step-00000001").exists() and checkpoints(tmp_path / "mirror") == []
     for e in run(tmp_path, "2", lambda rank: save(rank, [2])):
         e.ok()
-    assert checkpoints(tmp_path / "mirror") == ["step-00000001", "step-00000002"]
+    assert checkpoints(tmp_path / "mirror") == ["step-00000001", "step-00000002.g2"]
     catalog.check_full(catalog.committed(tmp_path / "mirror")[0])
 
 
