@@ -430,6 +430,12 @@ def file_size(path: Path) -> int:
     return os.stat(_native(path)).st_size
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """What two names of one file have in common, and no other file has. Raises FileNotFoundError."""
+    status = os.stat(_native(path))
+    return status.st_dev, status.st_ino
+
+
 def exists(path: Path) -> bool:
     return os.path.lexists(_native(path))
 
