@@ -79,8 +79,9 @@ def _head(git: Path) -> str | None:
 class Events:
     """The event log of a run: one JSON object a line, written by rank 0 of the job that holds it."""
 
-    def __init__(self, run: Path, generation: int) -> None:
+    def __init__(self, run: Path, generation: int, group: int | None = None) -> None:
         self._path = run / EVENTS
+        self._group = group
         self.generation = generation
 
     def write(self, event: str, **fields: Json) -> None:
@@ -88,6 +89,8 @@ class Events:
         line = {"time": time.time(), "generation": self.generation, "event": event, **fields}
         try:
             disk.append_line(self._path, json.dumps(_finite(line), ensure_ascii=False, allow_nan=False))
+            if self._group is not None:
+                disk.give_to_group(self._path, self._group)
         except OSError as error:
             _log.warning("%s could not be written: %s", self._path, error)
 

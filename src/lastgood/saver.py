@@ -46,7 +46,7 @@ class Saver:
         self.buffer_free = threading.Event()
         """Set while no save reads the host buffer."""
         self.buffer_free.set()
-        self._events = Events(run, session.generation)
+        self._events = Events(run, session.generation, group)
         self._scalars = None
         self._copier: Copier | None = None
         self.root: commit.Root | None = None

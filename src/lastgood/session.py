@@ -110,7 +110,7 @@ class Session:
     def advance(self) -> None:
         """Begin the next generation: after a roll-back."""
         assert self.holder is not None
-        self.holder.advance(self._world, {})
+        self.holder.advance(self._world)
         self.generation = _joined[self._run, self._world.rank] = self.holder.number
 
     def clear_left_overs(self, events: Events) -> None:

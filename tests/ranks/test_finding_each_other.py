@@ -214,7 +214,10 @@ TRAIN = """
     import os, signal, sys, torch, lastgood
     import torch.distributed as dist
     run, marker = sys.argv[1:3]
-    dist.init_process_group("gloo")
+    # A store for each life: with the launcher's, gloo finds the addresses of the life before.
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{marker}-store-{life}", rank=rank, world_size=size)
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
