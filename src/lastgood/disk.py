@@ -19,16 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
+
+from lastgood import disk_windows
 
 WINDOWS = os.name == "nt"
+_T = TypeVar("_T")
 
 PATIENCE = 10.0
 """Seconds for which an operation that the system refuses because another program has the file open is tried again."""
 
-_SHARING = (5, 32, 33)
-# Windows: access denied, sharing violation, lock violation. An indexer or a virus scanner that has the file open causes
-# any of the three, and lets go within a second or so.
+OPEN_PATIENCE = 1.0
+"""Seconds, likewise, where "access denied" to an open may also mean that this user has no right to the file."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,18 @@ def _native(path: Path) -> str:
 
 def is_held(error: OSError) -> bool:
     """Whether the system refused because another program has the file open (Windows sharing violations)."""
-    return getattr(error, "winerror", None) in _SHARING
+    return getattr(error, "winerror", None) in disk_windows.SHARING
 
 
-def _patiently(operation: Callable[[], None], patience: float | None) -> None:
-    """Try `operation` again, with growing pauses, for as long as the file is held by another program."""
+def _patiently(operation: Callable[[], _T], patience: float | None, passes: Callable[[OSError], bool] = is_held) -> _T:
+    """Try `operation` again, with growing pauses, for as long as its error `passes`."""
     give_up = time.monotonic() + (PATIENCE if patience is None else patience)
     pause = 0.005
     while True:
         try:
             return operation()
         except OSError as error:
-            if not is_held(error) or time.monotonic() + pause > give_up:
+            if not passes(error) or time.monotonic() + pause > give_up:
                 raise
         time.sleep(pause)
         pause = min(pause * 2, 0.5)
@@ -251,7 +253,15 @@ def replace(source: Path, target: Path, *, patience: float | None = None) -> Non
         with _observed("replace", target, source=source):
             os.replace(_native(source), _native(target))
 
-    _patiently(once, patience)
+    _patiently(once, patience, lambda error: is_held(error) and _may_pass(target))
+
+
+def _may_pass(path: Path) -> bool:
+    """Raise with the reason where Windows will refuse this name for as long as it is as it is."""
+    reason = disk_windows.refusal(_native(path))
+    if reason is not None:
+        raise PermissionError(errno.EACCES, reason, str(path))
+    return True
 
 
 def link(source: Path, target: Path) -> None:
@@ -268,7 +278,7 @@ def remove(path: Path, *, missing_ok: bool = False, patience: float | None = Non
             os.unlink(_native(path))
 
     try:
-        _patiently(once, patience)
+        _patiently(once, patience, lambda error: is_held(error) and _may_pass(path))
     except FileNotFoundError:
         if not missing_ok:
             raise
@@ -284,7 +294,7 @@ def make_dirs(path: Path) -> None:
     """Make a directory and its parents, where they do not exist, and make their names durable."""
     missing = []
     here = path
-    while not here.is_dir():
+    while not is_dir(here):
         missing.append(here)
         if here.parent == here:
             break
@@ -293,7 +303,7 @@ def make_dirs(path: Path) -> None:
         try:
             make_dir(directory)
         except FileExistsError:
-            if not directory.is_dir():
+            if not is_dir(directory):
                 raise
         sync_dir(directory.parent)
 
@@ -333,26 +343,55 @@ def remove_dir(path: Path, *, patience: float | None = None) -> None:
         with _observed("rmdir", path):
             os.rmdir(_native(path))
 
+    def passes(error: OSError) -> bool:
+        return is_held(error) or getattr(error, "winerror", None) == disk_windows.DIR_NOT_EMPTY
+
+    _patiently(once, patience, passes)
+
+
+def append_line(path: Path, line: str, *, patience: float = OPEN_PATIENCE) -> None:
+    """Add one line to a log, in one write. It is not synced: a log line is no promise."""
+    data = memoryview((line + "\n").encode())
+
+    def once() -> None:
+        with _observed("append", path, data=data), _open(path, "append") as file:
+            file.write(data)
+
     _patiently(once, patience)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add one line to a log, in one write. It is not synced: a log line is no promise."""
-    data = memoryview((line + "\n").encode())
-    with _observed("append", path, data=data), open(_native(path), "ab", buffering=0) as file:
-        file.write(data)
-
-
-def overwrite(path: Path, data: bytes) -> None:
+def overwrite(path: Path, data: bytes, *, patience: float = OPEN_PATIENCE) -> None:
     """Replace the content of a small file in place, neither atomically nor durably: for heartbeats and rounds."""
-    with _observed("overwrite", path, data=memoryview(data)), open(_native(path), "wb", buffering=0) as file:
-        file.write(data)
+
+    def once() -> None:
+        with _observed("overwrite", path, data=memoryview(data)), _open(path, "write") as file:
+            file.write(data)
+            if WINDOWS:
+                file.truncate()
+
+    _patiently(once, patience)
 
 
-def open_read(path: Path) -> BinaryIO:
-    """Open a file for unbuffered reading."""
-    with _observed("read", path):
-        return open(_native(path), "rb", buffering=0)
+def open_read(path: Path, *, patience: float | None = None) -> BinaryIO:
+    """Open a file for unbuffered reading. On Windows others may rename and delete it meanwhile."""
+    began = time.monotonic()
+
+    def once() -> BinaryIO:
+        with _observed("read", path):
+            return _open(path, "read")
+
+    def passes(error: OSError) -> bool:
+        # Access is denied in the moment of a replacement too, or to a directory, or for good.
+        code = getattr(error, "winerror", None)
+        return is_held(error) and (code != 5 or (time.monotonic() < began + OPEN_PATIENCE and not is_dir(path)))
+
+    return _patiently(once, patience, passes)
+
+
+def _open(path: Path, way: Literal["read", "append", "write"]) -> BinaryIO:
+    mode = {"read": "rb", "append": "ab", "write": "wb"}[way]
+    where = disk_windows.open_shared(_native(path), way) if WINDOWS else path
+    return open(where, mode, buffering=0)  # type: ignore[return-value]
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:
@@ -395,6 +434,10 @@ def exists(path: Path) -> bool:
     return os.path.lexists(_native(path))
 
 
+def is_dir(path: Path) -> bool:
+    return os.path.isdir(_native(path))
+
+
 def names(path: Path) -> list[str]:
     """The names in a directory, sorted; empty where there is none."""
     try:
@@ -420,9 +463,13 @@ def give_to_group(path: Path, group: int) -> None:
     """Let a group read and write what was made: for clusters where colleagues share a run directory."""
     if WINDOWS:
         return
-    os.chown(path, -1, group)
-    mode = os.stat(path).st_mode
-    os.chmod(path, mode | (0o070 if path.is_dir() else 0o060))
+    status = os.stat(path)
+    wanted = 0o070 if stat.S_ISDIR(status.st_mode) else 0o060
+    # What a colleague has made is the group's already, and only its owner may change that.
+    if status.st_gid != group:
+        os.chown(path, -1, group)
+    if status.st_mode & wanted != wanted:
+        os.chmod(path, stat.S_IMODE(status.st_mode) | wanted)
 
 
 class FileLock:
@@ -433,7 +480,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(_native(path), "ab", buffering=0)  # noqa: SIM115
+        self._file = _patiently(lambda: _open(path, "append"), OPEN_PATIENCE)
 
     @classmethod
     def try_acquire(cls, path: Path) -> FileLock | None:
