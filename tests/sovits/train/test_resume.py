@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,42 @@ def test_sigterm_saves_and_ends_with_75_and_the_next_run_goes_on(experiment: Exp
 def _started(experiment: Experiment, stage: str) -> bool:
     log = experiment.logs(stage) / "train.log"
     return log.is_file() and "step 1:" in log.read_text()
+
+
+def test_a_stop_file_saves_and_ends_with_75(experiment: Experiment) -> None:
+    asked: list[bool] = []
+
+    def ask() -> bool:
+        if not asked and _started(experiment, "s1"):
+            (experiment.run("s1") / "stop").touch()
+            asked.append(True)
+        return False
+
+    experiment.s1["train"]["epochs"] = 200
+    job = train(experiment, "s1", stop_when=ask, log_every=1)
+    assert job.codes == [75] and "the stop file" in job.output and experiment.steps("s1")
+
+
+def test_a_lost_run_comes_back_from_its_mirror(experiment: Experiment, tmp_path: Path) -> None:
+    experiment.s1["train"]["epochs"] = 1
+    train_whole(experiment, "s1", mirror=tmp_path / "mirror")
+    whole = experiment.tensors("s1", 6)
+    shutil.rmtree(experiment.run("s1"))
+    experiment.s1["train"]["epochs"] = 2
+    job = train_whole(experiment, "s1", mirror=tmp_path / "mirror", save_every=1)
+    assert "restored step 6" in job.output and whole and experiment.steps("s1")[-1] == 12
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_resumes_exactly_too(tmp_path: Path, stage: str) -> None:
+    whole, cut = (make_experiment(tmp_path / name, epochs=1) for name in ("whole", "cut"))
+    for experiment in (whole, cut):
+        experiment.s2["train"]["batch_size"] = 32
+    train_whole(whole, stage, precision="bf16")
+    assert train(cut, stage, die=3, save_every=1, precision="bf16").codes == [-9]
+    train_whole(cut, stage, precision="bf16")
+    last = whole.steps(stage)[-1]
+    assert_equal(cut.tensors(stage, last), whole.tensors(stage, last))
 
 
 @pytest.mark.parametrize("stage", STAGES)
