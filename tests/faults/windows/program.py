@@ -18,9 +18,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from faults.job import Job
-
 import lastgood
+from faults.job import Job
 from lastgood import disk
 
 SECONDS = 120.0
