@@ -1,4 +1,4 @@
-"""Runs the Windows tests of this directory, and the core's, in a Windows Python under Wine; and runs that change systems.
+"""Runs Windows tests, these and the core's, in a Windows Python under Wine; and runs that change systems.
 
 ``setup/setup.sh`` makes that Python. Several tests run in one process, since torch takes long to start there.
 """
