@@ -46,7 +46,8 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
     if isinstance(one, float) and math.isnan(one) and math.isnan(two):
         return None
     if type(one).__module__ == "numpy":
-        same = one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
+        same = one.dtype == two.dtype and one.shape == two.shape
+        same = same and (one.tobytes() == two.tobytes() or (one.ndim == 0 and one != one and two != two))
         return None if same else f"{path}: {one} and {two}"
     if isinstance(one, torch.Generator):
         return difference(one.get_state(), two.get_state(), path)

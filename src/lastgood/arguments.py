@@ -73,6 +73,12 @@ def check_metrics(metrics: Any) -> dict[str, float]:
     return numbers
 
 
+def check_restore_step(step: Any) -> None:
+    """Raise LastGoodError for what cannot name a step to restore."""
+    if step not in (None, "best") and (type(step) is not int or step < 0):
+        raise LastGoodError(f'restore(step={step!r}): it is a step that was saved, "best", or None for the newest')
+
+
 def group_number(group: str | int | None) -> int | None:
     """The number of a POSIX group."""
     if group is None or isinstance(group, int):

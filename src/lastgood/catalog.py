@@ -16,7 +16,7 @@ from lastgood import disk, generation, shard
 from lastgood.errors import DamagedError
 from lastgood.manifest import MAX_BYTES, NAME, Chunk, Manifest, parse
 
-_DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?")
+_DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)

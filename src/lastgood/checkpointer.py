@@ -216,13 +216,24 @@ class Checkpointer:
             PeerError: a rank did not take part.
         """
         self._check_open()
+        arguments.check_restore_step(step)
         self._finish_save()
         key = f"restore/{self.generation}/{self._restores}"
         self._restores += 1
         began = time.monotonic()
         mirror = Path(self._mirror.path) if self._mirror else None
-        objects, report, leave_out = self._objects, self._saver.report, self._patterns["leave_out"]
-        restore = Restore(self.run, mirror, self.world, self.channel, objects, strict, key, report, leave_out)
+        restore = Restore(
+            self.run,
+            mirror,
+            self.world,
+            self.channel,
+            self._objects,
+            strict,
+            key,
+            self.deadline,
+            self._saver.report,
+            self._patterns["leave_out"],
+        )
         restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
         self._settle(restored, key)
@@ -304,7 +315,9 @@ class Checkpointer:
             return self._same_again(step, state, blocking)
         self.channel.post(f"here/{self.generation}", step)
         handle = SaveHandle(step)
-        if self._busy == "skip" and not blocking and not self._saver.buffer_free.is_set():
+        tries = self._tries.get(step, 0)
+        if self._busy == "skip" and not blocking and self._saver.skips(step, tries, self.deadline):
+            self._tries = {step: tries + 1}
             handle._decide("skipped", None, None)
             _log.info("step %d is not saved: the save before it is still being written", step)
             return handle
@@ -313,7 +326,7 @@ class Checkpointer:
         self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
         request = commit.Request(
             step=step,
-            tries=self._tries.get(step, 0),
+            tries=tries,
             objects=state.objects,
             kinds=state.kinds,
             random=random_state.capture(),
@@ -326,7 +339,7 @@ class Checkpointer:
             buffer=self._snapshot,
             deadline=self.deadline,
         )
-        self._tries = {step: self._tries.get(step, 0) + 1}
+        self._tries = {step: tries + 1}
         self._last_step, self._saved_objects, self._handle = step, state.objects, handle
         handle.stall = time.monotonic() - began
         self._thread = self._saver.start(request, handle, self._thread)

@@ -7,7 +7,7 @@ is the commit: before it there is no checkpoint, after it the checkpoint is whol
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import secrets
 import time
@@ -19,7 +19,7 @@ from lastgood import catalog, disk
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.generation import Holder
-from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
+from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check, checksum, compact
 from lastgood.plan import Layout, structure
 from lastgood.shard import Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
@@ -32,6 +32,8 @@ _MARGIN = 4 << 20
 """Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
 _CLEAR_PATIENCE = 1.0
 """Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
+_REMEMBERED = 16
+"""Saves of which a rank that was not there keeps the messages: it may only be late."""
 _RETRY_WIDTH = 8
 """Saves after which a writer that was left out is tried again."""
 
@@ -69,53 +71,95 @@ class Committed:
     """Ranks that did not write their part: rank 0 did. Of one that never called save there is no random state."""
 
 
+class SkippedError(LastGoodError):
+    """Rank 0 decided to leave this save out."""
+
+
+def message_prefix(generation: int, step: int, tries: int) -> str:
+    """Of all messages about one try to save one step."""
+    return f"save/{generation}/{step}/{tries}/"
+
+
 class Member:
     """A rank other than 0 in a save."""
 
     def __init__(self, run: Path, world: World, channel: Channel) -> None:
         self._run, self._world, self._channel = run, world, channel
+        self._over: list[str] = []
+        channel.on("save/", self._tidy)
         self.directory = ""
         """Name of the directory of the last attempt, and the attempt: to look for when rank 0 falls silent."""
         self.attempt = ""
+
+    def _tidy(self, key: str, _: Json) -> None:
+        """Drop the messages of saves to which this rank did not come: it may never call save at all."""
+        if key.endswith("/outcome"):
+            self._over.append(key.removesuffix("outcome"))
+            for prefix in self._over[:-_REMEMBERED]:
+                self._channel.forget(prefix)
+            del self._over[:-_REMEMBERED]
 
     def save(self, request: Request, generation: int) -> Committed:
         """Take part in a save. Runs in the background.
 
         Raises:
             SaveError: the save was given up.
+            SkippedError: it was left out.
             PeerError: rank 0 fell silent; whether there is a checkpoint is for the disk to say.
         """
-        prefix = f"save/{generation}/{request.step}/{request.tries}/"
+        prefix = message_prefix(generation, request.step, request.tries)
         self.directory = self.attempt = ""
         # First of all what rank 0 needs in order to complete the save should this rank die in it.
         compare = {piece.name: _described(piece, request.buffer) for piece in request.layout.compare}
         objects = {name: _tree_digest(tree) for name, tree in request.objects.items()}
         self._channel.post(prefix + "holds", {"random": request.random, "compare": compare, "objects": objects})
-        call = self._channel.receive(prefix + "call", time.monotonic() + request.deadline)
+        # A save that fails before it is called is given up without a call.
+        keys = [prefix + "call", prefix + "outcome"]
+        key, call = self._channel.receive_any(keys, time.monotonic() + request.deadline)
+        if key != keys[0]:
+            raise SaveError(call["failed"])
+        if "skipped" in call:
+            raise SkippedError(call["skipped"])
         self.directory, self.attempt = call["name"], call["attempt"]
-        report: dict[str, Json] = {"random": request.random}
-        try:
-            report.update(self._write(request, call, compare, objects))
-        except Exception as error:
-            report["error"] = f"{type(error).__name__}: {error}"
-        self._channel.post(prefix + "report", report)
+        if self._channel.peek(prefix + "outcome", 0) is None:
+            report: dict[str, Json] = {"random": request.random}
+            try:
+                report.update(self._write(request, call, prefix, compare, objects))
+            except Exception as error:
+                report["error"] = f"{type(error).__name__}: {error}"
+            self._channel.post(prefix + "report", report)
         # Rank 0 has its own deadline and then still has to write: it is given as much again, twice over.
         outcome = self._channel.receive(prefix + "outcome", time.monotonic() + 3 * request.deadline)
         self._channel.forget(prefix)
         if "failed" in outcome:
             raise SaveError(outcome["failed"])
+        if self._world.rank in outcome["missing"]:
+            self._take_back(self._run / call["name"])
         return Committed(self._run / call["name"], outcome["bytes"], tuple(outcome["missing"]))
 
-    def _write(self, request: Request, call: Json, compare: Json, objects: Json) -> Json:
+    def _take_back(self, directory: Path) -> None:
+        """Rank 0 committed without this rank: what it wrote too late belongs to no checkpoint."""
+        _log.warning("rank %d came too late to %s: rank 0 completed it", self._world.rank, directory.name)
+        for name in (f"{self._world.rank:05d}.safetensors", f"{self._world.rank:05d}-own.safetensors"):
+            try:
+                disk.remove(directory / name, missing_ok=True)
+            except OSError as error:
+                _log.warning("the superfluous %s stays until the checkpoint is deleted: %s", directory / name, error)
+
+    def _write(self, request: Request, call: Json, prefix: str, compare: Json, objects: Json) -> Json:
         layout, rank = request.layout, self._world.rank
         if structure(request.tensors) != call["structure"]:
             return {"structure": _describe(request.tensors)}
         directory = self._run / call["name"]
-        _await_directory(directory, request.deadline)
+
+        def given_up() -> bool:
+            return self._channel.peek(prefix + "outcome", 0) is not None
+
         files = []
         answer: dict[str, Json] = {}
-        if list(layout.writers) == call["writers"]:
+        if list(layout.writers) == call["writers"] and layout.share:
             try:
+                _await_directory(directory, request.deadline / 2, given_up)
                 answer["share"] = _write_file(directory / f"{rank:05d}.safetensors", layout.share, request.buffer)
             except OSError as error:
                 answer["refused"] = str(error)
@@ -123,6 +167,7 @@ class Member:
         differing = [piece for piece in layout.compare if piece.name in different]
         own = [*layout.own, *differing]
         if own:
+            _await_directory(directory, request.deadline / 2, given_up)
             files.append(_write_file(directory / f"{rank:05d}-own.safetensors", own, request.buffer))
         request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
         answer["own"] = files
@@ -147,6 +192,7 @@ class Root:
         """What each rank alone had, by its last report."""
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
         """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
+        self._saves = 0
         self._attempts: dict[int, int] = {}
         self._prefixes: list[str] = []
         self.hurried = False
@@ -155,7 +201,11 @@ class Root:
     @property
     def writers(self) -> tuple[int, ...]:
         """The ranks that share the writing of the next save."""
-        return tuple(writer for writer in self._all_writers if writer not in self._left_out) or (0,)
+        able = [writer for writer in self._all_writers if writer not in self._left_out] or [0]
+        # A share is compared with rank 0's copy when it is written. They go round, so that after as many saves as
+        # there are writers every replica was compared as a whole.
+        turn = self._saves % len(able)
+        return tuple(able[turn:] + able[:turn])
 
     def save(self, request: Request, make_room: Callable[[int], None]) -> Committed:
         """Save and commit. Runs in the background.
@@ -168,7 +218,7 @@ class Root:
             ReplacedError: a later job holds the run.
         """
         self.hurried = False
-        prefix = f"save/{self._holder.number}/{request.step}/{request.tries}/"
+        prefix = message_prefix(self._holder.number, request.step, request.tries)
         name: str | None = None
         try:
             self._holder.check()
@@ -182,7 +232,8 @@ class Root:
             if name is not None:
                 entry = catalog.entry_of(self._run, name)
                 assert entry is not None
-                self._litter.append((entry, prefix, self._channel.connected))
+                writing = {rank for rank in self._channel.connected if self._came(rank, request.step)}
+                self._litter.append((entry, prefix, writing))
                 self.clear()
             if isinstance(error, LastGoodError):
                 raise
@@ -192,10 +243,19 @@ class Root:
         outcome = {"bytes": result.bytes, "missing": list(result.missing)}
         self._channel.post(prefix + "outcome", outcome)
         self._prefixes.append(prefix)
+        self.clear()  # Who took part in this save has ended with those before.
         for old in self._prefixes[:-2]:
             self._channel.forget(old)
         del self._prefixes[:-2]
         return result
+
+    def skip(self, step: int, tries: int) -> None:
+        """Tell the others that this save is left out. Called by the training thread."""
+        prefix = message_prefix(self._holder.number, step, tries)
+        reason = f"step {step} is not saved: the save before it is still being written"
+        self._channel.post(prefix + "call", {"skipped": reason})
+        self._channel.post(prefix + "outcome", {"failed": reason})
+        self._channel.forget(prefix)
 
     def _make_directory(self, step: int) -> str:
         while True:
@@ -203,10 +263,14 @@ class Root:
             self._attempts = {step: self._attempts.get(step, 0) + 1}
             try:
                 disk.make_dir(self._run / name)
+                if self._group is not None:
+                    disk.give_to_group(self._run / name, self._group)
             except FileExistsError:
                 continue
-            if self._group is not None:
-                disk.give_to_group(self._run / name, self._group)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    disk.remove_dir(self._run / name)
+                raise
             return name
 
     def _save(self, request: Request, prefix: str, name: str) -> Committed:
@@ -233,12 +297,13 @@ class Root:
             writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
             for writer, pieces in layout.others.items()
         }
-        here = f"here/{self._holder.number}"
+        # Who has not come when the training asks for the next save is not waited for, unless its bytes would be lost.
+        optional = {rank for rank in others if not self._only_there(request, rank)}
         reports = self._channel.collect(
             prefix + "report",
             others,
             until,
-            lambda rank: self.hurried and (self._channel.peek(here, rank) or -1) < request.step,
+            lambda rank: self.hurried and rank in optional and not self._came(rank, request.step),
         )
         for rank in self._absent:
             if (late := self._channel.peek(prefix + "report", rank)) is not None:
@@ -247,6 +312,8 @@ class Root:
         held = {rank: self._channel.peek(prefix + "holds", rank) for rank in missing}
         self._judge(request, call, reports, {rank: held[rank] or {} for rank in missing})
         for writer, expected in expected_shares.items():
+            if not expected:
+                continue
             share = self._accept(directory, writer, reports.get(writer), expected, layout.writers)
             if share is None:
                 pieces = layout.others[writer]
@@ -262,14 +329,24 @@ class Root:
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
-        self._widen()
+        self._go_round()
         return Committed(directory, manifest.tensor_bytes, missing)
 
     def _expected(self, step: int) -> list[int]:
         """The other ranks to wait for: those that live, and did not stay away from the last save."""
-        here = f"here/{self._holder.number}"
-        self._absent = {rank for rank in self._absent if (self._channel.peek(here, rank) or -1) < step}
+        self._absent = {rank for rank in self._absent if not self._came(rank, step)}
         return [rank for rank in range(1, self._world.size) if rank not in self._absent]
+
+    def _came(self, rank: int, step: int) -> bool:
+        """Whether a rank has called save for this step, or a later one."""
+        here = self._channel.peek(f"here/{self._holder.number}", rank)
+        return here is not None and bool(here >= step)
+
+    def _only_there(self, request: Request, rank: int) -> list[str]:
+        """What is lost without that rank, as far as rank 0 knows from its own state and the rank's last report."""
+        alone = [n for n, t in request.tensors.items() if t.placement in (Placement.LOCAL, Placement.SHARDED)]
+        before = self._reported.get(rank, {})
+        return [*alone, *before.get("local", ()), *before.get("objects", ())]
 
     def _judge(self, request: Request, call: Json, reports: dict[int, Json], missing: dict[int, Json]) -> None:
         """Raise SaveError where bytes are lost; otherwise say who did not come, once.
@@ -290,17 +367,25 @@ class Root:
                 )
         for rank, held in missing.items():
             why = self._channel.why_gone(rank)
-            fate = f"is gone ({why})" if why else f"did not come within {request.deadline:.0f} s"
-            alone = [n for n, t in request.tensors.items() if t.placement in (Placement.LOCAL, Placement.SHARDED)]
-            before = self._reported.get(rank, {})
-            alone += [*before.get("local", ()), *before.get("objects", ())]
+            came = self._came(rank, request.step)
+            if why:
+                fate = f"is gone ({why})"
+            elif came:
+                fate = f"did not finish its part within {request.deadline:.0f} s"
+            else:
+                fate = f"did not call save({request.step})"
+            alone = self._only_there(request, rank)
             alone += [name for what in held if what != "random" for name in _different(held[what], call[what])]
             if alone:
                 raise SaveError(
-                    f"step {request.step} was not saved: rank {rank} {fate}, and with it what only it had "
-                    f"({_some(alone)}). The checkpoints before it are untouched."
+                    f"step {request.step} was not saved: rank {rank} {fate}, and only it had {_some(alone)}. All ranks "
+                    "must call save. The checkpoints before it are untouched."
                 )
-            if why is None and rank not in self._absent:
+            if rank in self._absent:
+                continue
+            if why or came:
+                _log.warning("rank %d %s: rank 0 completes step %d without it", rank, fate, request.step)
+            else:
                 _log.warning(
                     "rank %d did not call save(%d). All ranks should call save, not only rank 0: without them the "
                     "checkpoint holds rank 0's state, and no random state of rank %d. It is not waited for any more.",
@@ -308,9 +393,7 @@ class Root:
                     request.step,
                     rank,
                 )
-                self._absent.add(rank)
-            elif why is not None:
-                _log.warning("rank %d %s; rank 0 completes step %d alone", rank, fate, request.step)
+            self._absent.add(rank)
 
     def _accept(
         self, directory: Path, writer: int, report: Json | None, expected: Json, planned: tuple[int, ...]
@@ -344,17 +427,20 @@ class Root:
             return None
         return share
 
-    def _widen(self) -> None:
-        """Try left-out writers again after a while."""
+    def _go_round(self) -> None:
+        """After a commit: shares change hands, and left-out writers are tried again after a while."""
         before = self.writers
-        self._left_out = {writer: saves - 1 for writer, saves in self._left_out.items() if saves > 1}
+        left = {writer: saves - 1 for writer, saves in self._left_out.items() if saves > 1}
+        if len(left) != len(self._left_out):
+            _log.info("the writing is shared among ranks %s again", [w for w in self._all_writers if w not in left])
+        self._left_out = left
+        self._saves += 1
         if self.writers != before:
+            # Posted before the outcome: no rank begins the next save without it.
             self._channel.post("writers", list(self.writers))
-            _log.info("the writing is shared among ranks %s again", list(self.writers))
 
     def _leave_out(self, writer: int, why: str) -> None:
         self._left_out[writer] = _RETRY_WIDTH
-        self._channel.post("writers", list(self.writers))
         _log.warning(
             "rank %d could not write its share (%s): rank 0 wrote it, and the next %d saves do without that writer",
             writer,
@@ -412,12 +498,11 @@ class Root:
         )
 
     def _commit(self, directory: Path, manifest: Manifest) -> None:
-        data = manifest.to_bytes()
         # What we could not read back ourselves is not committed: a hole left by a lost rank shows here.
-        parse(data, str(directory / NAME))
+        check(manifest, str(directory / NAME))
         temporary = directory / (NAME + ".tmp")
         with disk.NewFile(temporary) as file:
-            file.write(data)
+            file.write(manifest.to_bytes())
             file.sync()
         # The names of the shards and of the directory itself must be on the disk before the commit is.
         disk.sync_dir(directory)
@@ -453,10 +538,15 @@ class Root:
         self._litter = left
 
 
-def _await_directory(path: Path, seconds: float) -> None:
-    """A network file system may show a new directory late. Raises FileNotFoundError after `seconds`."""
+def _await_directory(path: Path, seconds: float, given_up: Callable[[], bool]) -> None:
+    """A network file system may show a new directory late.
+
+    Raises FileNotFoundError after `seconds`, or as soon as the save is `given_up` and the directory so deleted.
+    """
     end = time.monotonic() + seconds
     while not disk.exists(path):
+        if given_up():
+            raise FileNotFoundError(f"{path} is deleted: rank 0 gave the save up")
         if time.monotonic() > end:
             raise FileNotFoundError(f"{path}, which rank 0 made, is not visible here: another disk?")
         time.sleep(0.01)
@@ -490,7 +580,7 @@ def _different(mine: Json, theirs: Json) -> list[str]:
 
 
 def _tree_digest(tree: Json) -> str:
-    return checksum(json.dumps(tree, separators=(",", ":")).encode())
+    return checksum(compact(tree).encode())
 
 
 def _describe(tensors: dict[str, LocalTensor]) -> dict[str, str]:

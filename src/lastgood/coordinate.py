@@ -76,7 +76,8 @@ class _Connection:
 class Channel:
     """The messages of one rank. A message has a key; what a key means is the caller's business.
 
-    A message of rank 0 reaches all ranks, also those that connect later; one of another rank reaches rank 0.
+    A message of rank 0 reaches all ranks, also those that connect later, until :meth:`admit_no_more`; one of another
+    rank reaches rank 0.
     A background thread moves the bytes and calls what :meth:`every` registered.
     """
 
@@ -85,6 +86,7 @@ class Channel:
         self.token = ""
         self.port = 0
         self._job = job_id()
+        self._admits = True
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
         self._peers: dict[int, _Connection] = {}
@@ -116,9 +118,9 @@ class Channel:
                 self._listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
                 addresses = ["::1"]
         else:
-            if socket.has_dualstack_ipv6():
+            try:
                 self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-            else:
+            except (OSError, ValueError):  # no IPv6 here, or no sockets for both
                 self._listener = socket.create_server(("", 0))
             addresses = _own_addresses()
         self._listener.setblocking(False)
@@ -171,6 +173,7 @@ class Channel:
             sock.close()
             raise
         sock.setblocking(False)
+        _keep_alive(sock)
         connection.rank = 0
         self._peers[0] = connection
         self._selector.register(sock, selectors.EVENT_READ, connection)
@@ -200,6 +203,12 @@ class Channel:
         for key, value in early:
             listener(key, value)
 
+    def admit_no_more(self) -> None:
+        """Rank 0: the job is complete. A rank of another job must not take the place of one that died."""
+        with self._news:
+            self._admits = False
+            self._posted.clear()
+
     def start(self) -> None:
         """Start the background thread."""
         self._thread = threading.Thread(target=self._serve, name="lastgood-messages", daemon=True)
@@ -216,7 +225,7 @@ class Channel:
     def post(self, key: str, value: Json) -> None:
         """Send: from rank 0 to all, from another rank to rank 0. Never blocks."""
         with self._news:
-            if self.world.rank == 0:
+            if self.world.rank == 0 and self._admits:
                 self._posted[key] = value
             for connection in self._peers.values():
                 connection.queue({"key": key, "value": value})
@@ -341,6 +350,7 @@ class Channel:
         except OSError:
             return  # It was closed again before we looked.
         sock.setblocking(False)
+        _keep_alive(sock)
         connection = _Connection(sock)
         connection.queue({"nonce": connection.nonce})
         connection.send()
@@ -376,7 +386,7 @@ class Channel:
         if not hmac.compare_digest(str(message["mac"]), _sign(self.token, connection.nonce)):
             raise ValueError("wrong token")
         with self._news:
-            if message["size"] != self.world.size or message["job"] != self._job:
+            if not self._admits or message["size"] != self.world.size or message["job"] != self._job:
                 connection.queue({"refused": "the run is held by another job"})
             elif rank in self._peers or not 0 < rank < self.world.size:
                 connection.queue({"refused": f"rank {rank} is already there: the run is held by another job"})
@@ -431,6 +441,15 @@ class Channel:
 
 def _sign(token: str, nonce: str) -> str:
     return hmac.new(token.encode(), nonce.encode(), "sha256").hexdigest()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Between saves nothing is said for long: firewalls forget such connections, and a machine may lose its power."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _exactly(sock: socket.socket, count: int) -> bytes:

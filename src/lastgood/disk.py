@@ -468,9 +468,13 @@ def give_to_group(path: Path, group: int) -> None:
     """Let a group read and write what was made: for clusters where colleagues share a run directory."""
     if WINDOWS:
         return
-    os.chown(path, -1, group)
-    mode = os.stat(path).st_mode
-    os.chmod(path, mode | (0o070 if path.is_dir() else 0o060))
+    status = os.stat(path)
+    wanted = 0o070 if stat.S_ISDIR(status.st_mode) else 0o060
+    # What a colleague has made is the group's already, and only its owner may change that.
+    if status.st_gid != group:
+        os.chown(path, -1, group)
+    if status.st_mode & wanted != wanted:
+        os.chmod(path, stat.S_IMODE(status.st_mode) | wanted)
 
 
 class FileLock:

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
 import time
@@ -29,6 +30,7 @@ from lastgood.values import Json
 from lastgood.world import World, machine_id
 
 _log = logging.getLogger("lastgood")
+
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 60.0
 """A job on another machine whose counter has stood still for so long is taken for gone."""
@@ -104,8 +106,10 @@ def holder(run: Path, *, patience: float = 3 * BEAT_SECONDS) -> Json | None:
 class Holder:
     """The hold of this process (rank 0 of its job) on a run."""
 
-    def __init__(self, run: Path, number: int, lock: disk.FileLock, group: int | None) -> None:
+    def __init__(self, run: Path, number: int, identity: str, lock: disk.FileLock, group: int | None) -> None:
         self.run = run
+        self._identity = identity
+        self._beat_failed = False
         self.number = number
         self._lock = lock
         self._group = group
@@ -150,7 +154,9 @@ class Holder:
                 lock.release()
                 raise
         number = max(last + 1, at_least)
+        identity = secrets.token_hex(8)
         me = {
+            "identity": identity,
             "host": socket.gethostname(),
             "machine": machine_id(),
             "pid": os.getpid(),
@@ -173,18 +179,19 @@ class Holder:
                 disk.remove(_path(run, number, "json"), missing_ok=True)
             lock.release()
             raise
-        holder = cls(run, number, lock, group)
+        holder = cls(run, number, identity, lock, group)
         if group is not None:
-            disk.give_to_group(directory, group)
+            for path in (directory, run / "lock"):
+                disk.give_to_group(path, group)
         holder.beat()
         holder._tidy(taken)
         return holder
 
-    def advance(self, world: World, invitation: Json) -> None:
+    def advance(self, world: World) -> None:
         """Begin the next generation of the same job: after a roll-back the old branch is history."""
         self.check()
         number = self.number + 1
-        me = {**(record(self.run, self.number) or {}), **invitation, "world_size": world.size}
+        me = {**(record(self.run, self.number) or {}), "identity": self._identity, "world_size": world.size}
         try:
             with disk.NewFile(_path(self.run, number, "json")) as file:
                 file.write(json.dumps(me).encode())
@@ -209,6 +216,12 @@ class Holder:
             )
         if taken[-1] != self.number:
             raise ReplacedError(_replaced(self.run, taken[-1]))
+        who = record(self.run, self.number)
+        if who is not None and who.get("identity") != self._identity:
+            raise ReplacedError(
+                f"{self.run} is another run than the one that this job has taken: that was moved away, and a new one "
+                f"({_holder_name(who)}) has its name. Nothing more is committed or deleted by this job."
+            )
 
     def beat(self) -> None:
         """Show that the job lives."""
@@ -217,9 +230,11 @@ class Holder:
             # Not patiently: the next beat comes soon, and the thread that beats moves the messages too.
             disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode(), patience=0)
         except OSError as error:
-            if not disk.is_held(error):
-                raise
-            _log.debug("a beat was left out: %s", error)
+            if not self._beat_failed and not disk.is_held(error):
+                _log.warning("the heartbeat of %s could not be written: %s", self.run, error)
+            self._beat_failed = True
+        else:
+            self._beat_failed = False
 
     def release(self) -> None:
         """Give the run back: the next job need not wait."""

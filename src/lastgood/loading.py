@@ -6,23 +6,21 @@ where training uses them.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
-from lastgood import disk, shard, values
+from lastgood import values
 from lastgood.catalog import Entry
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
-from lastgood.manifest import Chunk, Manifest, RankRecord
+from lastgood.manifest import Manifest, RankRecord
+from lastgood.reading import Want, read_wanted
 from lastgood.state import (
     Flattener,
     LocalTensor,
@@ -39,17 +37,6 @@ from lastgood.state import (
 from lastgood.values import Json, tensor_names
 from lastgood.world import World
 
-_THREADS = min(8, (os.cpu_count() or 1) + 2)
-
-
-@dataclass(frozen=True, slots=True)
-class _Want:
-    """A box of a saved tensor, and where it goes."""
-
-    name: str
-    target: torch.Tensor
-    offsets: tuple[int, ...]
-
 
 @dataclass(slots=True)
 class Loading:
@@ -65,13 +52,15 @@ class Loading:
     notes: list[str] = field(default_factory=list)
     """What was not carried over, in sentences."""
     _problems: list[str] = field(default_factory=list)
-    _wants: list[_Want] = field(default_factory=list)
+    _wants: list[Want] = field(default_factory=list)
     _loaded: dict[str, torch.Tensor] = field(default_factory=dict)
     _current: dict[str, LocalTensor] = field(default_factory=dict)
     _states: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By module, the state_dict into whose tensors is read."""
     _unfit: set[str] = field(default_factory=set)
     """Tensors of modules that do not fit."""
+    _converted: set[str] = field(default_factory=set)
+    """Tensors of modules that have another type than they were saved with."""
     _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
     """By memory of a module's tensor, its path and the saved tensor that goes there."""
 
@@ -122,26 +111,39 @@ class Loading:
         Raises:
             DamagedError: a byte on disk is not what was saved. The objects may be half changed by then.
         """
-        self._read()
+        read_wanted(self.entry, self.manifest, self._wants)
         restored: dict[str, Any] = {}
         taken: set[Any] = set()
         for name, value in self.objects.items():
-            kind = kind_of(value)
-            if kind != self.manifest.kinds.get(name) or matches(name, self.leave_out):
+            if kind_of(value) != self.manifest.kinds.get(name) or matches(name, self.leave_out):
                 continue
-            if kind == "module":
-                self._finish_module(name, value)
-            elif kind == "optimizer":
-                self._finish_optimizer(name, value)
-            elif kind == "generator":
-                value.set_state(self._decode(self._tree(name)))
-            elif kind == "stateful":
-                present = value.state_dict() if self.leave_out else None
-                value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
-            else:
-                saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
-                restored[name] = into_value(value, saved, taken)
+            try:
+                self._finish(name, value, restored, taken)
+            except (LastGoodError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                # torch's CheckpointException is no Exception.
+                raise LastGoodError(
+                    f"{self.entry.path}: {name} did not take its state ({type(error).__name__}: {error}). The objects "
+                    "of this job may be partly overwritten: do not train on with them."
+                ) from error
         return restored
+
+    def _finish(self, name: str, value: Any, restored: dict[str, Any], taken: set[Any]) -> None:
+        """Hand its state to one object."""
+        kind = kind_of(value)
+        if kind == "module":
+            self._finish_module(name, value)
+        elif kind == "optimizer":
+            self._finish_optimizer(name, value)
+        elif kind == "generator":
+            value.set_state(self._decode(self._tree(name)))
+        elif kind == "stateful":
+            present = value.state_dict() if self.leave_out else None
+            value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
+        else:
+            saved = keep_left_out(value, self._decode(self._tree(name)), name, self.leave_out)
+            restored[name] = into_value(value, saved, taken)
 
     def random(self) -> Json:
         """This rank's saved random state, or None where there is none."""
@@ -227,7 +229,8 @@ class Loading:
         else:
             if DTYPES[record.dtype] != local.tensor.dtype:
                 self.notes.append(f"{path} is {there} in the checkpoint: converted to {here}")
-            self._wants.append(_Want(self._resolve(name), local.tensor, local.offsets))
+                self._converted.add(path)
+            self._wants.append(Want(self._resolve(name), local.tensor, local.offsets))
 
     def _prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
         here, there = optimizer.param_groups, self._tree(name)["groups"]
@@ -267,67 +270,8 @@ class Loading:
                 spread = like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape
                 new = torch.empty_like(like, dtype=dtype) if spread else torch.empty(record.shape, dtype=dtype)  # type: ignore[arg-type]
                 current = local_part(new, name)
-            self._wants.append(_Want(self._resolve(name), current.tensor, current.offsets))
+            self._wants.append(Want(self._resolve(name), current.tensor, current.offsets))
             self._loaded[name] = current.whole
-
-    # -- reading --------------------------------------------------------------------------------------------------
-
-    def _read(self) -> None:
-        files: list[BinaryIO] = []
-        try:
-            for record in self.manifest.shards:
-                path = self.entry.path / record.file
-                shard.check_size(path, record)
-                shard.check_header(path, record)
-                files.append(disk.open_read(path))
-            jobs = [
-                (want, chunk)
-                for want in self._wants
-                for chunk in self.manifest.tensors[want.name].chunks
-                if _overlap(chunk, want) is not None
-            ]
-            # From the front of each file to its end, as disks like it.
-            jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
-            with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
-                for _ in pool.map(lambda job: self._read_chunk(files[job[1].shard], *job), jobs):
-                    continue
-        except OSError as error:
-            raise DamagedError(f"{self.entry.path} cannot be read: {error}") from error
-        finally:
-            for file in files:
-                file.close()
-
-    def _read_chunk(self, file: BinaryIO, want: _Want, chunk: Chunk) -> None:
-        box = _overlap(chunk, want)
-        assert box is not None
-        target = want.target
-        for dimension, (begin, end) in enumerate(box):
-            offset = want.offsets[dimension]
-            target = target.narrow(dimension, begin - offset, end - begin)
-        path = self.entry.path / self.manifest.shards[chunk.shard].file
-        record = self.manifest.tensors[want.name]
-        complete = tuple(target.shape) == chunk.shape
-        direct = complete and target.device.type == "cpu" and target.is_contiguous()
-        if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
-            view = bytes_of(target)
-            shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
-            return
-        whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
-        view = bytes_of(whole)
-        shard.check_chunk(path, want.name, chunk, view, disk.read_into(file, chunk.begin, view))
-        part = whole
-        for dimension, (begin, end) in enumerate(box):
-            part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
-        for dimension, stride in enumerate(target.stride()):
-            if stride == 0 and target.shape[dimension] > 1:
-                # An expanded tensor has one row of memory for all its rows.
-                first = part.narrow(dimension, 0, 1)
-                rows, same = part.contiguous(), first.expand_as(part).contiguous()
-                if bytes_of(rows) != bytes_of(same):
-                    raise MismatchError(f"{want.name} is expanded here (stride 0), and was saved with different rows")
-                target, part = target.narrow(dimension, 0, 1), first
-        with torch.no_grad():
-            target.copy_(part)
 
     # -- finishing ------------------------------------------------------------------------------------------------
 
@@ -379,26 +323,8 @@ class Loading:
         whole = {"state": {**state, **self._decode(tree["shared"])}, "param_groups": groups}
         optimizer.load_state_dict({**self._decode(tree["extra"]), **whole})
         for index, held in state.items():
-            optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor. The tensor must outlive the view."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-
-
-def _overlap(chunk: Chunk, want: _Want) -> list[tuple[int, int]] | None:
-    """The box that a chunk and a target have in common, as begin and end in each dimension."""
-    box = []
-    for offset, size, start, length in zip(chunk.offsets, chunk.shape, want.offsets, want.target.shape, strict=True):
-        begin, end = max(offset, start), min(offset + size, start + length)
-        if begin >= end:
-            return None
-        box.append((begin, end))
-    return box
+            if labels[index] not in self._converted:
+                optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
 
 
 def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -415,8 +341,8 @@ def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict
         record = manifest.tensors[name]
         target = torch.empty(record.shape, dtype=DTYPES[record.dtype])
         loading._loaded[name] = target
-        loading._wants.append(_Want(name, target, (0,) * len(record.shape)))
-    loading._read()
+        loading._wants.append(Want(name, target, (0,) * len(record.shape)))
+    read_wanted(entry, manifest, loading._wants)
     return dict(loading._loaded)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from lastgood.errors import DamagedError
-from lastgood.values import Json
+from lastgood.values import Json, tensor_names
 
 FORMAT = 1
 """Version of the format that is written. Every older one stays readable."""
@@ -121,7 +121,7 @@ class Manifest:
         return sum(shard.size for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        body = json.dumps(self._to_json(), separators=(",", ":"), allow_nan=False).encode()
+        body = compact(self._to_json()).encode()
         return b'{"lastgood":%d,"checksum":"%s","manifest":%s}\n' % (FORMAT, checksum(body).encode(), body)
 
     def _to_json(self) -> Json:
@@ -152,6 +152,19 @@ class Manifest:
         }
 
 
+def compact(tree: Json, depth: int = 4) -> str:
+    """JSON without spaces. What lies less than `depth` deep is encoded piece by piece.
+
+    The encoder holds the interpreter's lock: over a large tree in one call, training would stand still for its time.
+    """
+    if depth and type(tree) is dict:
+        return "{" + ",".join(f"{_encode(str(key))}:{compact(item, depth - 1)}" for key, item in tree.items()) + "}"
+    return _encode(tree)
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def parse(data: bytes, where: str) -> Manifest:
     """Read a manifest and check all that can be checked without its shards.
 
@@ -179,16 +192,22 @@ def parse(data: bytes, where: str) -> Manifest:
         manifest = _from_json(json.loads(body))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(f"{where} has a valid checksum but no valid content: {error!r}") from error
+    check(manifest, where)
+    return manifest
+
+
+def check(manifest: Manifest, where: str) -> None:
+    """Raise DamagedError where a manifest is inconsistent in itself."""
     try:
         _check(manifest)
-    except ValueError as error:
+        _check_values(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{where} is inconsistent: {error}") from error
-    return manifest
 
 
 def _from_json(body: Json) -> Manifest:
     def whole(value: Any) -> int:
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < 1 << 63:
             raise ValueError(f"{value!r} is no size")
         return value
 
@@ -281,6 +300,18 @@ def _check(manifest: Manifest) -> None:
         for own in record.local.values():
             if own not in manifest.tensors:
                 raise ValueError(f"rank {rank} names the tensor {own!r}, which is not in the checkpoint")
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Whether the values name only tensors that are there. Raises ValueError, or what a wrong form leads to."""
+    if manifest.objects.keys() != manifest.kinds.keys():
+        raise ValueError("the objects and their kinds are not the same")
+    if 0 not in manifest.ranks:
+        raise ValueError("nothing is said of rank 0")
+    for record in (RankRecord(None, manifest.objects), *manifest.ranks.values()):
+        for name in tensor_names(record.objects):
+            if record.local.get(name, name) not in manifest.tensors:
+                raise ValueError(f"a value names the tensor {name!r}, which is not in the checkpoint")
 
 
 def _check_cover(name: str, tensor: TensorRecord) -> None:

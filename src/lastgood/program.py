@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import sys
 import threading
@@ -80,8 +81,9 @@ def _head(git: Path) -> str | None:
 class Events:
     """The event log of a run: one JSON object a line, written by rank 0 of the job that holds it."""
 
-    def __init__(self, run: Path, generation: int) -> None:
+    def __init__(self, run: Path, generation: int, group: int | None = None) -> None:
         self._path = run / EVENTS
+        self._group = group
         self.generation = generation
         self._lock = threading.Lock()  # The mirror's thread writes events too.
         self._late: list[str] = []
@@ -91,10 +93,13 @@ class Events:
         """Add a line. The log is for people: when the disk does not take it, training goes on."""
         line = {"time": time.time(), "generation": self.generation, "event": event, **fields}
         with self._lock:
-            self._late = [*self._late[-_LATE_LINES:], json.dumps(line, ensure_ascii=False)]
+            text = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
+            self._late = [*self._late[-_LATE_LINES:], text]
             try:
                 disk.append_line(self._path, "\n".join(self._late))
                 self._late = []
+                if self._group is not None:
+                    disk.give_to_group(self._path, self._group)
             except OSError as error:
                 _log.warning("%s could not be written: %s. It is tried again with the next event.", self._path, error)
 
@@ -103,6 +108,15 @@ class Events:
         self.write(event, checkpoint=entry.name, step=entry.step, why=why)
         level = logging.WARNING if event == "skip" else logging.INFO
         _log.log(level, "%s %s: %s", {"skip": "skipped", "delete": "deleted"}.get(event, event), entry.name, why)
+
+
+def _finite(value: Json) -> Json:
+    """`value` with inf and nan as the manifest writes them: JSON has no form for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$": "float", "v": repr(value)}
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
 
 
 def read_events(run: Path) -> list[dict[str, Json]]:

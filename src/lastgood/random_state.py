@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import random
+import struct
 from typing import Any
 
 import torch
@@ -15,14 +17,14 @@ def capture() -> Json:
     """The random state of this process, as JSON."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": (version, b"".join(word.to_bytes(4, "little") for word in words), gauss),
+        "python": (version, struct.pack(f"<{len(words)}I", *words), gauss),
         "torch": _raw(torch.get_rng_state()),
     }
     if numpy_in_use():
         import numpy as np
 
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        state["numpy"] = (name, np.asarray(keys).astype("<u4").tobytes(), int(position), int(has_gauss), float(cached))
+        # Not always a Mersenne Twister: numpy.random.set_bit_generator takes others.
+        state["numpy"] = _without_arrays(np.random.get_state(legacy=False))
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [_raw(item) for item in torch.cuda.get_rng_state_all()]
     return encode(state, "random", _no_tensor)
@@ -37,10 +39,12 @@ def apply(saved: Json) -> list[str]:
     random.setstate((version, numbers, gauss))
     torch.set_rng_state(_tensor(state["torch"]))
     if "numpy" in state:
-        import numpy as np
+        try:
+            import numpy as np
 
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, np.frombuffer(keys, dtype="<u4"), position, has_gauss, cached))
+            np.random.set_state(_with_arrays(state["numpy"]))
+        except (ImportError, TypeError, ValueError) as error:
+            left.append(f"the random state of numpy ({error})")
     devices = state.get("cuda", [])
     if devices and torch.cuda.is_available():
         here = torch.cuda.device_count()
@@ -70,8 +74,27 @@ def derive(saved: Json, rank: int, world_size: int, step: int) -> int:
     return seed
 
 
+def _without_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_arrays(item) for key, item in value.items()}
+    if hasattr(value, "tobytes") and value.shape:
+        return ("array", value.dtype.str, value.tobytes())
+    return value.item() if hasattr(value, "item") else value
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_arrays(item) for key, item in value.items()}
+    if type(value) is tuple:
+        import numpy as np
+
+        return np.frombuffer(value[2], dtype=value[1]).astype(np.dtype(value[1]).newbyteorder("="))
+    return value
+
+
 def _raw(state: torch.Tensor) -> bytes:
-    return bytes(state.cpu().tolist())
+    here = state.cpu().contiguous()
+    return ctypes.string_at(here.data_ptr(), here.numel())
 
 
 def _tensor(raw: bytes) -> torch.Tensor:

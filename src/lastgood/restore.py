@@ -54,16 +54,31 @@ class Restore:
     strict: bool
     key: str
     """Message prefix of this call."""
+    deadline: float
+    """Seconds for which a rank waits for the others to call restore."""
     report: Callable[[str, Entry, str], None]
     leave_out: Sequence[str] = ()
 
     def run_root(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         """Rank 0: choose, load, and let the others load the same."""
         try:
+            self._meet()
             return self._choose_and_load(step, keep)
         except BaseException as error:
             self.channel.post(f"{self.key}/failed", str(error))
             raise
+
+    def _meet(self) -> None:
+        """Rank 0: all ranks must have called restore before anything happens."""
+        self.channel.post(f"{self.key}/begin", True)
+        others = range(1, self.world.size)
+        here = self.channel.collect(f"{self.key}/here", others, time.monotonic() + self.deadline)
+        for rank in others:
+            if rank not in here:
+                why = self.channel.why_gone(rank) or f"it did not come within {self.deadline:.0f} s"
+                raise PeerError(
+                    f"rank {rank} did not call restore(): {why}. Every rank must call it. Nothing was changed."
+                )
 
     def _choose_and_load(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         known, newest = self._known(), self._newest()
@@ -184,6 +199,11 @@ class Restore:
 
     def run_member(self) -> Restored:
         """Another rank: load what rank 0 proposes, until all could."""
+        self.channel.post(f"{self.key}/here", True)
+        try:
+            self.channel.receive_any([f"{self.key}/begin", f"{self.key}/failed"], time.monotonic() + self.deadline)
+        except PeerError as error:
+            raise PeerError(f"rank 0 did not call restore(): {error}. Every rank must call it.") from error
         number = 0
         while True:
             proposal = self._hear(str(number))

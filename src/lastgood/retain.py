@@ -147,6 +147,10 @@ class Retention:
             found.append(self._known[entry.name])
         return found
 
+    def learn(self, entry: Entry, metrics: Mapping[str, float], size: int) -> None:
+        """Note what was just committed: its manifest need not be read again for that."""
+        self._known[entry.name] = Known(entry, metrics, size)
+
     def apply(self, newest: Entry) -> list[str]:
         """Verify the newest checkpoint and delete what the policy does not want. Returns the deleted names.
 

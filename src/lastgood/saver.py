@@ -46,7 +46,7 @@ class Saver:
         self.buffer_free = threading.Event()
         """Set while no save reads the host buffer."""
         self.buffer_free.set()
-        self._events = Events(run, session.generation)
+        self._events = Events(run, session.generation, group)
         self._scalars = None
         self._copier: Copier | None = None
         self.root: commit.Root | None = None
@@ -82,6 +82,20 @@ class Saver:
         """Rank 0: a checkpoint was skipped or deleted."""
         self._events.generation = self._session.generation
         self._events.report(event, entry, why)
+
+    def skips(self, step: int, tries: int, deadline: float) -> bool:
+        """Whether a save is left out because the one before it is being written: rank 0 decides that for all ranks."""
+        if self.root is not None:
+            if self.buffer_free.is_set():
+                return False
+            self.root.skip(step, tries)
+            return True
+        key = commit.message_prefix(self._session.generation, step, tries) + "call"
+        end = time.monotonic() + deadline
+        while not self.buffer_free.wait(0.005) and time.monotonic() < end:
+            if "skipped" in (self._session.channel.peek(key, 0) or {}):
+                return True
+        return False  # Or rank 0 has not decided yet: the save itself will hear of it.
 
     def hurry(self) -> None:
         """The training asks for the next save: ranks that have not come to this one are not waited for."""
@@ -124,6 +138,11 @@ class Saver:
         began = time.monotonic()
         try:
             done = self.root.save(request, self._make_room) if self.root else self._follow(request)
+        except commit.SkippedError as decision:
+            _log.info("%s", decision)
+            self.buffer_free.set()
+            handle._decide("skipped", None, None)
+            return
         except BaseException as error:
             self.failures += 1
             known = not isinstance(error, PeerError)
@@ -171,6 +190,7 @@ class Saver:
         try:
             entry = catalog.entry_of(self._run, done.path.name)
             assert entry is not None
+            self.retention.learn(entry, request.metrics, done.bytes)
             deleted = self.retention.apply(entry)
         except ReplacedError as error:
             _log.error("%s", error)

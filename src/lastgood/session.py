@@ -83,6 +83,7 @@ class Session:
                 "rank must make one, at the same point of the program."
             )
         self.channel.post("start", {"problem": problem, "generation": self.generation})
+        self.channel.admit_no_more()
         if problem:
             raise PeerError(problem)
 
@@ -110,7 +111,7 @@ class Session:
     def advance(self) -> None:
         """Begin the next generation: after a roll-back."""
         assert self.holder is not None
-        self.holder.advance(self._world, {})
+        self.holder.advance(self._world)
         self.generation = _joined[self._run, self._world.rank] = self.holder.number
 
     def clear_left_overs(self, events: Events) -> None:

@@ -6,7 +6,6 @@ tensors there are no holes, as the safetensors library demands.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import threading
@@ -20,7 +19,7 @@ import xxhash
 from lastgood import disk
 from lastgood.disk import PAGE
 from lastgood.errors import DamagedError
-from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum
+from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum, compact
 
 _BLOCK = 8 << 20
 # Bytes that are read or written at a time.
@@ -67,7 +66,7 @@ def header(pieces: Sequence[Piece]) -> bytes:
             "data_offsets": [at, at + piece.size],
         }
         at += piece.size
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = compact(entries).encode()
     length = -(-(8 + len(text)) // PAGE) * PAGE - 8
     return length.to_bytes(8, "little") + text.ljust(length)
 

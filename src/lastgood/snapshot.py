@@ -19,12 +19,14 @@ from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece
-from lastgood.state import LocalTensor
+from lastgood.state import LocalTensor, Placement
 from lastgood.steady import OVERLAP_BYTES
 
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
 _SAMPLES = 4
+_PLANS = 16
+# Layouts that are remembered.
 
 
 @dataclass(slots=True)
@@ -43,16 +45,18 @@ class _Late:
 class Snapshot:
     """The host buffer of one rank, the layout by which it is filled, and the filling.
 
-    The layout and the typed views into the buffer are made once and used again as long as the structure of the state
-    is the same: a save of many small tensors then costs one copy each and nothing else.
+    A layout and its typed views into the buffer are made once for every division of the writing, and used again as
+    long as the structure of the state is the same: a save of many small tensors then costs one copy each and nothing
+    else.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._plans: dict[tuple[int, ...], tuple[Layout, list[tuple[Piece, torch.Tensor, int]]]] = {}
         self._key: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
-        self._targets: list[torch.Tensor] = []
+        self._parts: list[tuple[Piece, torch.Tensor, int]] = []
         self.layout = Layout(rank, [], [], [], {}, 0, ())
         self.view = memoryview(b"")
         """The bytes of the buffer."""
@@ -88,26 +92,32 @@ class Snapshot:
         self._failure = None
         late: list[_Late] = []
         with torch.no_grad():
-            now: list[tuple[torch.Tensor, torch.Tensor]] = []
+            queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+            now: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
             queued: list[tuple[str, torch.Tensor, int]] = []
-            for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
+            for piece, target, size in self._parts:
                 source = _source(tensors[piece.name], piece)
                 if source.is_cuda:
-                    now.append((target, source))
+                    queue.append((target, source))
                     if self.overlap and source.untyped_storage().data_ptr() in steady:
                         queued.append((piece.name, source, source._version))
+                elif not source.is_cpu:
+                    target.copy_(source)
                 elif (
-                    self.overlap
-                    and piece.size >= OVERLAP_BYTES
+                    size >= OVERLAP_BYTES
+                    and self.overlap
                     and source.untyped_storage().data_ptr() in steady
                     and source.is_contiguous()
-                    and source.device.type == "cpu"
                 ):
+                    source = source.detach()  # It keeps this memory alive whatever becomes of the tensor.
                     late.append(_Late(piece, source, source._version, _sample(source)))
                 else:
-                    target.copy_(source)
-            if now:
-                self._queue(now, steady)
+                    now[0].append(target)
+                    now[1].append(source)
+            if now[0]:
+                torch._foreach_copy_(*now)  # One call for all: many small ones cost more than the bytes do.
+            if queue:
+                self._queue(queue, steady)
                 self._queued = queued
         with self._news:
             self._filled = late[0].piece.at if late else self.layout.size
@@ -129,8 +139,9 @@ class Snapshot:
     def close(self) -> None:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
+        self._plans.clear()
         self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
-        self._targets, self._events, self._filled = [], [], 0
+        self._parts, self._events, self._filled = [], [], 0
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
         self.view = memoryview(b"")
 
@@ -151,9 +162,9 @@ class Snapshot:
             self.await_bytes(self.layout.size)
         except SaveError:
             return False
-        if self._structure(tensors, self.layout.writers) != self._key:
+        if _structure(tensors) != self._key:
             return False
-        for piece, target in zip(self.layout.pieces(), self._targets, strict=True):
+        for piece, target, _ in self._parts:
             present = torch.empty(target.shape, dtype=target.dtype)
             present.copy_(_source(tensors[piece.name], piece))
             if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
@@ -233,39 +244,51 @@ class Snapshot:
             self._events.append(event)
 
     def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
-        key = self._structure(tensors, writers)
-        if key == self._key:
-            return
-        self._key = None
-        self.layout = lay_out(tensors, self._rank, writers)
-        self._filled = self.layout.size
-        if self.layout.size > self.size - PAGE or self.size > 2 * self.layout.size + (1 << 20):
-            # The old buffer goes first: two at once would be twice the memory that is promised.
-            self._targets, self._storage, self._buffer, self.view = [], torch.empty(0), torch.empty(0), memoryview(b"")
-            pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
-            self._storage = torch.empty(self.layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
-        start = -self._storage.data_ptr() % PAGE
-        self._buffer = self._storage[start : start + self.layout.size]
-        array = (ctypes.c_char * self.layout.size).from_address(self._buffer.data_ptr())
-        self.view = memoryview(array).cast("B")
-        self._targets = [self._target(piece) for piece in self.layout.pieces()]
-        self._key = key
+        structure = _structure(tensors)
+        if structure != self._key:
+            self._plans.clear()
+            self._key = structure
+        key = tuple(writers)
+        if key not in self._plans:
+            layout = lay_out(tensors, self._rank, writers)
+            if layout.size > self.size - PAGE or self.size > 2 * layout.size + (1 << 20):
+                # The old buffer goes first: two at once would be twice the memory that is promised.
+                self._plans.clear()
+                self._parts, self._buffer, self.view = [], torch.empty(0), memoryview(b"")
+                self._storage = torch.empty(0)
+                pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
+                self._storage = torch.empty(layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._set_view(layout)
+            self._plans[key] = layout, [(piece, self._target(piece), piece.size) for piece in layout.pieces()]
+        layout, self._parts = self._plans[key]
+        self._set_view(layout)
 
-    @staticmethod
-    def _structure(tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> object:
-        return (
-            tuple(writers),
-            tuple((n, t.tensor.dtype, t.tensor.shape, t.shape, t.placement, t.offsets) for n, t in tensors.items()),
-        )
+    def _set_view(self, layout: Layout) -> None:
+        self.layout, self._filled = layout, layout.size
+        start = -self._storage.data_ptr() % PAGE
+        self._buffer = self._storage[start : start + layout.size]
+        array = (ctypes.c_char * layout.size).from_address(self._buffer.data_ptr())
+        self.view = memoryview(array).cast("B")
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
         return raw.view(DTYPES[piece.dtype]).view(piece.shape)
 
 
+def _structure(tensors: Mapping[str, LocalTensor]) -> object:
+    return [
+        (name, t.tensor.dtype, t.shape, t.placement)
+        if t.placement is not Placement.SHARDED
+        else (name, t.tensor.dtype, t.shape, t.tensor.shape, t.offsets, t.writes)
+        for name, t in tensors.items()
+    ]
+
+
 def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
     part = tensor.tensor
-    if tuple(part.shape) == piece.shape:
+    if part.shape == piece.shape:
         return part
     # A share of a replicated tensor: rows of it.
     return part.narrow(0, piece.offsets[0], piece.shape[0])

@@ -200,7 +200,8 @@ class Flattener:
         self._world_size = world_size
         self._replicated, self._local, self._leave_out = replicated, local, leave_out
         self._tensors: dict[str, LocalTensor] = {}
-        self._seen: dict[tuple[Any, ...], str] = {}
+        self._seen: dict[int, list[str]] = {}
+        """By address, the tensors that begin there."""
 
     def flatten(self, *, gradients: bool = False) -> State:
         """The state of this moment. Values are copied into the tree; tensors are referred to, not copied."""
@@ -291,9 +292,12 @@ class Flattener:
         """Take a tensor into the state; returns the name under which it is saved, an earlier one where it is tied."""
         part = local_part(tensor, path)
         local = part.tensor
-        key = (*memory_key(local), part.shape)
-        if local.numel() and key in self._seen:
-            return self._seen[key]
+        address = local.data_ptr()  # 0 for an empty tensor, which shares nothing.
+        tied = self._seen.get(address, ()) if address else ()
+        for other in tied:
+            before = self._tensors[other]
+            if before.shape == part.shape and memory_key(before.tensor) == memory_key(local):
+                return other
         dtype_name(local.dtype, path)
         if self._world_size == 1:
             part.placement = Placement.ROOT
@@ -307,7 +311,8 @@ class Flattener:
         while name in self._tensors:
             name += "+"
         self._tensors[name] = part
-        self._seen[key] = name
+        if address:
+            self._seen[address] = [*tied, name]
         return name
 
     def _module(self, name: str, value: nn.Module, placements: Mapping[int, Placement], gradients: bool) -> Json:
@@ -325,9 +330,10 @@ class Flattener:
                 by_key[key] = placements[id(tensor)]
         tree: dict[str, Json] = {}
         for key, tensor in module.state_dict().items():
-            path = f"{name}.{clean(key, renames)}"
-            if not self._left_out(path):
-                tree[clean(key, renames)] = values.encode(tensor, path, self._put(by_key.get(key)))
+            short = clean(key, renames) if renames else key
+            path = f"{name}.{short}"
+            if not (self._leave_out and self._left_out(path)):
+                tree[short] = values.encode(tensor, path, self._put(by_key.get(key)))
         if not gradients:
             return {"state": tree}
         found = {}
@@ -394,8 +400,9 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
             f"{path} is on the meta device: it has a shape but no values to save or restore into. "
             "Give it some (to_empty and an initialisation), or leave it out with leave_out=[...]."
         )
-    plain = tensor.detach()
-    return LocalTensor(plain, Placement.UNKNOWN, tuple(tensor.shape), (0,) * tensor.ndim, plain)
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    shape = tuple(tensor.shape)
+    return LocalTensor(plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain)
 
 
 def _dtensor_part(tensor: Any, path: str) -> LocalTensor:

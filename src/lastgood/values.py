@@ -56,6 +56,8 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
     if depth > _MAX_DEPTH:
         raise LastGoodError(f"{path}: nested more than {_MAX_DEPTH} deep, or a value that contains itself")
     kind = type(value)
+    if kind is torch.Tensor:  # Most of a state: first, and at little cost.
+        return {"$": "tensor", "v": put(path, value)}
     if value is None or kind is bool or kind is str:
         return value
     if kind is int:
@@ -125,10 +127,15 @@ def _encode_numpy(value: Any, path: str, put: Callable[[str, torch.Tensor], str]
         raw = value.item()
         text = [repr(raw.real), repr(raw.imag)] if isinstance(raw, complex) else repr(raw)
         return {"$": "numpy", "v": text, "dtype": value.dtype.name}
+    if type(value) is np.ndarray and not value.dtype.isnative:
+        raise LastGoodError(f"{path}: a numpy array in another byte order cannot be saved; convert it with astype.")
     if type(value) is np.ndarray and value.dtype.name in _NUMPY_SCALARS - {"complex128"}:
         # A copy: the array may be a live view, may be read-only, and may have strides that torch does not take.
         return {"$": "ndarray", "v": put(path, torch.from_numpy(value.copy(order="C").reshape(value.shape)))}
-    raise LastGoodError(f"{path}: a numpy value of type {value.dtype} cannot be saved")
+    raise LastGoodError(
+        f"{path}: a numpy value of type {getattr(value, 'dtype', type(value).__name__)} cannot be saved. Nothing was "
+        "written. Convert it to a common type (astype), or leave it out with leave_out=[...]."
+    )
 
 
 def decode(data: Json, get_tensor: Callable[[str], torch.Tensor]) -> Any:
@@ -139,7 +146,7 @@ def decode(data: Json, get_tensor: Callable[[str], torch.Tensor]) -> Any:
     """
     try:
         return _decode(data, get_tensor, 0)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
         raise DamagedError(f"a value in the manifest has no valid form: {error}") from error
 
 
@@ -217,19 +224,21 @@ def _decode_numpy(text: Any, name: str) -> Any:
     return kind(int(text) if "int" in name else float(text))
 
 
-def tensor_names(tree: Json) -> Iterable[str]:
-    """All tensors that a tree refers to."""
+def tensor_names(tree: Json, depth: int = 0) -> Iterable[str]:
+    """All tensors that a tree refers to. Raises ValueError where it is deeper than :func:`encode` makes them."""
+    if depth > 4 * _MAX_DEPTH:
+        raise ValueError("a value is nested too deep")
     if isinstance(tree, dict):
         if tree.get("$") in ("tensor", "ndarray"):
             yield tree["v"]
             return
         for item in tree.values():
-            yield from tensor_names(item)
+            yield from tensor_names(item, depth + 1)
     elif isinstance(tree, list):
         for item in tree:
-            yield from tensor_names(item)
+            yield from tensor_names(item, depth + 1)
 
 
 def numpy_in_use() -> bool:
     """Whether the program itself uses numpy: it is never imported only to ask for its random state."""
-    return "numpy" in sys.modules
+    return sys.modules.get("numpy") is not None

@@ -1,34 +1,91 @@
-"""The fault campaigns from the command line: ``python -m tests.faults CAMPAIGN``."""
+"""The fault campaigns from the command line.
+
+    python -m tests.faults crash --ranks 1,2      kill at every disk operation
+    python -m tests.faults states                 every state of the disk after a power cut, and every fsync left out
+    python -m tests.faults failing                full and failing disks
+    python -m tests.faults power                  power cuts on real file systems
+    python -m tests.faults --full                 all of them, in their full form
+
+With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Callable
 
-from tests.faults import crash
+from tests.faults import crash, failing, power, powerloss
+from tests.faults.report import Result, record
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("--ranks", default="1,2")
-    parser.add_argument("--victims", default=None)
-    parser.add_argument("--kinds", default="replicated")
-    parser.add_argument("--scenarios", default="old,new")
-    parser.add_argument("--workers", type=int, default=3)
-    options = parser.parse_args()
-    began = time.monotonic()
-    result = crash.run(
-        [int(x) for x in options.ranks.split(",")],
-        kinds=options.kinds.split(","),
-        scenarios=options.scenarios.split(","),
-        victims=None if options.victims is None else [int(x) for x in options.victims.split(",")],
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _crash(options: argparse.Namespace) -> Result:
+    worlds = options.ranks or ([1, 2, 4] if options.full else [1, 2])
+    return crash.run(
+        worlds,
+        kinds=options.kinds or (crash.jobs.KINDS if options.full else ["replicated"]),
+        scenarios=options.scenarios or ["old", "new"],
+        victims=options.victims,
         workers=options.workers,
     )
-    for line in result.failed:
-        print("FAILED", line)
-    print(dict(result.tried), f"{len(result.failed)} failed, {time.monotonic() - began:.1f}s")
-    return bool(result.failed)
 
 
-sys.exit(main())
+def _states(options: argparse.Namespace) -> Result:
+    return powerloss.run(full=options.full)
+
+
+def _failing(options: argparse.Namespace) -> Result:
+    return failing.run(list(failing.cases(options.errors or failing.ERRORS)), options.workers)
+
+
+def _power(options: argparse.Namespace) -> Result:
+    return power.run(cuts=options.cuts or (200 if options.full else 5), systems=options.systems or power.SYSTEMS)
+
+
+CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "crash": _crash,
+    "states": _states,
+    "failing": _failing,
+    "power": _power,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the campaigns that were asked for. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Fault campaigns of lastgood.")
+    parser.add_argument("campaign", nargs="?", choices=[*CAMPAIGNS], help="all of them when left out")
+    parser.add_argument("--full", action="store_true", help="every combination, for hours if need be")
+    parser.add_argument("--record", action="store_true", help="write the figures into docs/faults.md")
+    parser.add_argument("--workers", type=int, default=3, help="processes side by side")
+    parser.add_argument("--ranks", type=_numbers, help="crash: world sizes")
+    parser.add_argument("--victims", type=_numbers, help="crash: ranks to kill; all by default")
+    parser.add_argument("--kinds", type=_words, help=f"crash: of {', '.join(crash.jobs.KINDS)}")
+    parser.add_argument("--scenarios", type=_words, help="crash: of old, new")
+    parser.add_argument("--errors", type=_words, help=f"failing: of {', '.join(failing.ERRORS)}")
+    parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
+    parser.add_argument("--cuts", type=int, help="power: on each file system")
+    options = parser.parse_args(arguments)
+    if options.campaign is None and not options.full:
+        parser.error("name a campaign, or pass --full for all of them")
+    bad = 0
+    for name in [options.campaign] if options.campaign else CAMPAIGNS:
+        result = CAMPAIGNS[name](options)
+        bad += len(result.failed)
+        for problem in result.failed:
+            print("FAILED", problem)
+        print(result.text(), flush=True)
+        if options.record:
+            record(name, result, " ".join(["python -m tests.faults", *arguments]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

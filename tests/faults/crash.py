@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from lastgood import disk
 from tests.faults import job as jobs
 from tests.faults.job import Kind, Notes, read_notes
 from tests.faults.processes import Ranks, scratch
+from tests.faults.report import Result
 
 Moment = Literal["before", "torn", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "torn", "after")
@@ -261,14 +261,6 @@ def run_points(campaign: Campaign, points: Sequence[Point], workers: int) -> Ite
     return zip(points, (found[index] for index in range(len(points))), strict=True)
 
 
-@dataclass
-class Result:
-    """What a campaign came to."""
-
-    tried: Counter[str] = field(default_factory=Counter)
-    failed: list[str] = field(default_factory=list)
-
-
 def run(
     worlds: Sequence[int],
     *,
@@ -279,8 +271,8 @@ def run(
 ) -> Result:
     """Every point of every combination."""
     jobs.limit_threads()
-    result = Result()
-    with scratch() as directory:
+    result = Result("Killed at every disk operation")
+    with result.timed(), scratch() as directory:
         for number, (world, kind, scenario) in enumerate(itertools.product(worlds, kinds, scenarios)):
             if world == 1 and kind == "differing":
                 continue  # One rank differs from none.

@@ -125,7 +125,7 @@ class Disk:
             parent.change(None, path.name, self._file(PurePosixPath(event.source)))
         elif event.effect == "write":
             if path.name not in parent.now:
-                parent.change(None, path.name, File(promised=False))
+                parent.change(None, path.name, File(promised=False))  # The log, which is appended to.
             self._file(path).unsynced.append(event.data)
         elif event.effect == "truncate":
             # Written anew in place, and never synced: what was there may be gone as well.

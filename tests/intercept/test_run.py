@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -380,3 +381,42 @@ def test_settings_that_cannot_be_read_are_no_crash(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert "NOT made safe" in done.stderr
+
+
+FOUND = [path for name in (f"python3.{minor}" for minor in range(6, 16)) if (path := shutil.which(name))]
+
+
+@pytest.mark.parametrize("python", FOUND or [sys.executable])
+def test_the_runtime_runs_in_other_pythons_without_our_packages(tmp_path: Path, python: str) -> None:
+    version = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+    if version.returncode:
+        pytest.skip(f"{python} does not start")
+    (tmp_path / "torch").mkdir()
+    stub = Path(__file__).parent / "programs" / "stub_torch.py"
+    (tmp_path / "torch" / "__init__.py").write_text(stub.read_text())
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, shutil, sys, torch, zipfile
+            for i in range(3): torch.save([i], "last.pth")
+            torch.save([9], "a.pth")
+            shutil.move("a.pth", "last.pth"); os.replace("last.pth", "b.pth"); shutil.copy("b.pth", "last.pth")
+            with open("x.json", "w") as file: json.dump(1, file)
+            with zipfile.ZipFile("z.npz", "w") as archive: archive.writestr("a", "b")
+            os.makedirs("checkpoint-1"); torch.save([1], "checkpoint-1/m.pth")
+            assert torch.load("last.pth") == [9]
+            print(sorted(name for name in os.listdir(".lastgood") if name.endswith(".jsonl")))
+            """
+        )
+    )
+    variables = launch.environment(
+        launch.Settings(run="r", complete=["checkpoint-*"], save_on="rank0"), dict(os.environ)
+    )
+    variables["PYTHONPATH"] = str(launch.INJECT)
+    done = subprocess.run([python, str(script)], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    if tuple(int(part) for part in version.stdout.split()) < (3, 8):
+        assert "3.8 or newer is needed" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['b.pth.jsonl', 'last.pth.jsonl', 'x.json.jsonl', 'z.npz.jsonl']"

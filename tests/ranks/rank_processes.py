@@ -257,6 +257,7 @@ def die() -> None:
 
 def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.3)  # another thread may take the signal: this one must not run on until all stand still
 
 
 def checkpoints(run: Path) -> list[str]:

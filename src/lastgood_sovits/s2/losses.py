@@ -34,7 +34,9 @@ def feature_loss(real: Sequence[Judgement], generated: Sequence[Judgement]) -> T
     return 2 * torch.stack(terms).sum()
 
 
-def kl_loss(z_p: Tensor, logs_q: Tensor, m_p: Tensor, logs_p: Tensor, mask: Tensor) -> Tensor:
+def kl_loss(
+    z_p: Tensor, logs_q: Tensor, m_p: Tensor, logs_p: Tensor, mask: Tensor, frames: Tensor | None = None
+) -> Tensor:
     """Kullback-Leibler divergence of the posterior from the prior, estimated at one draw.
 
     Args:
@@ -42,10 +44,12 @@ def kl_loss(z_p: Tensor, logs_q: Tensor, m_p: Tensor, logs_p: Tensor, mask: Tens
         logs_q: log standard deviation of the posterior.
         m_p, logs_p: mean and log standard deviation of the prior. These four are (batch, channels, frames).
         mask: (batch, 1, frames).
+        frames: what to divide by, where it is not the number of valid frames: with several ranks their mean, so that
+            the mean of the ranks' losses is the loss of all their clips together.
 
     Returns:
         The sum over the channels, averaged over the valid frames.
     """
     z_p, logs_q, m_p, logs_p, mask = (x.float() for x in (z_p, logs_q, m_p, logs_p, mask))
     divergence = logs_p - logs_q - 0.5 + 0.5 * (z_p - m_p).square() * torch.exp(-2 * logs_p)
-    return (divergence * mask).sum() / mask.sum()
+    return (divergence * mask).sum() / (mask.sum() if frames is None else frames)

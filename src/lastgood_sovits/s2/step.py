@@ -143,7 +143,8 @@ class TrainStep:
             "feature": feature_loss(judged_real, judged_made),
             "mel": F.l1_loss(target, actual) * train.c_mel,
             "commitment": made.commitment,
-            "kl": kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask) * train.c_kl,
+            "kl": kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask, _mean_frames(made.mask))
+            * train.c_kl,
         }
         return losses | {"generator": torch.stack(list(losses.values())).sum()}
 
@@ -191,6 +192,15 @@ class TrainStep:
             )
         logger.warning("%s", message)
         return StepResult(losses=_detached(losses), grad_norms=norms, skipped=network)
+
+
+def _mean_frames(mask: Tensor) -> Tensor:
+    """Valid frames per rank, averaged over the ranks. A collective call."""
+    frames = mask.detach().float().sum()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(frames)
+        frames /= dist.get_world_size()
+    return frames
 
 
 def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:

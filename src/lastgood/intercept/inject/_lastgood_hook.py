@@ -31,9 +31,6 @@ def install() -> None:
     if _installed or "LASTGOOD_RUN" not in os.environ:
         return
     _installed = True
-    if sys.version_info < (3, 8):  # noqa: UP036 - this file runs in the Python of the program
-        sys.stderr.write("lastgood run: Python 3.8 or newer is needed; this program's saves are not made safe.\n")
-        return
     sys.meta_path.insert(0, _Watch())
 
 

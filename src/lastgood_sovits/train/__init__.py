@@ -1,0 +1,1 @@
+"""The trainer: both stages as programs of one process or many, resumed exactly."""

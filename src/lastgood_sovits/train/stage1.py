@@ -1,0 +1,231 @@
+"""Stage 1 as a program: from upstream's tmp_s1.yaml to weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+import lastgood
+from lastgood_sovits.resume import write_checkpoint
+from lastgood_sovits.s1 import (
+    Batch,
+    BucketBatchSampler,
+    LockedRate,
+    S1Dataset,
+    StepResult,
+    Text2Semantic,
+    TrainStep,
+    collate,
+    make_optimizer,
+    read_config,
+)
+from lastgood_sovits.s1.config import Precision
+from lastgood_sovits.text import symbol_ids
+from lastgood_sovits.train.initial import check_given, find_checkpoint, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.options import Options
+from lastgood_sovits.train.ranks import Ranks, bare
+from lastgood_sovits.train.trainer import Trainer, replace, switch_off_dropout
+from lastgood_sovits.weights_format import s1_name
+from lastgood_sovits.weights_write import write_s1_weights
+
+logger = logging.getLogger(__name__)
+WINDOW = 4
+"""Micro-batches whose gradients are summed for one optimizer step, as upstream has it in its code."""
+_PRECISIONS: dict[str, Precision] = {"32": "32", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+class Stage1(Trainer):
+    """Trains text to semantic codes. A step is one micro-batch; the optimizer steps after every fourth.
+
+    Args:
+        path: the configuration file, as upstream's page writes it.
+        ranks: the processes.
+        options: from the command line.
+
+    Raises:
+        SovitsError: the configuration or the experiment cannot be used.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks, options: Options) -> None:
+        config = self.config = read_config(path)
+        self.values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if config.version in ("v3", "v4"):
+            # Upstream trains stage 1 alike for all versions after v1.
+            logger.info("stage 1 of %s is that of v2", config.version)
+        super().__init__(
+            ranks,
+            options,
+            logs=config.output_dir,
+            weights=Path(config.train.half_weights_save_dir),
+            epochs=config.train.epochs,
+            save_every_epoch=config.train.save_every_n_epoch,
+            every_weights=config.train.if_save_every_weights,
+            latest_only=config.train.if_save_latest,
+            seed=config.train.seed,
+            log_every=50,
+        )
+
+    def prepare(self) -> None:
+        config, ranks, options = self.config, self.ranks, self.options
+        self.dataset = S1Dataset(
+            config.train_phoneme_path,
+            config.train_semantic_path,
+            symbol_ids(config.symbols),
+            max_sec=config.data.max_sec,
+        )
+        batch = self.dataset.batch_size(config.clip_batch_size)
+        self.sampler = BucketBatchSampler(
+            self.dataset.seconds,
+            batch_size=options.rank_batch(batch, ranks.size),
+            rank=ranks.rank,
+            world_size=ranks.size,
+        )
+        torch.manual_seed(config.train.seed)
+        model = Text2Semantic(config.model, upstream_compat=options.upstream_compat)
+        if not options.dropout:
+            switch_off_dropout(model)
+        self.model = ranks.wrap(model)
+        self.optimizer = make_optimizer(model)
+        self.schedule = LockedRate(self.optimizer)
+        precision = config.train.precision if options.precision is None else _PRECISIONS[options.precision]
+        # Gradients are exchanged after every micro-batch, so that a window that is open in a checkpoint holds the same
+        # on every rank, and any number of ranks can go on with it.
+        self.training = TrainStep(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            window=WINDOW,
+            precision=precision,
+            preference=config.train.if_dpo,
+            seed=config.train.seed,
+            local_gradients=False,
+        )
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def objects(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "training": self.training,
+            "sampler": self.sampler,
+            "ranks": self.ranks.size,
+        }
+
+    def more(self) -> dict[str, Any]:
+        return {"gradients": True, "replicated": ("model.*.grad",)}
+
+    def begin(self) -> int:
+        source = self.options.import_from
+        if source is None:
+            path = check_given(self.config.pretrained_s1, "pretrained_s1")
+            if path is not None:
+                load_pretrained(bare(self.model), path, ("s1",))
+            return 0
+        path, found = find_checkpoint(source)
+        load_tensors(bare(self.model), found.tensors, path, may_lack=None)
+        load_optimizer(self.optimizer, found.optimizer, path)
+        steps, epoch = found.step or 0, found.epoch or 0
+        self.schedule.load_state_dict({"steps": steps})
+        self.training.micro_batches = epoch * self.steps_per_epoch
+        self.sampler.set_epoch(epoch)
+        logger.info("imported %s: %d epochs, %d optimizer steps", path, epoch, steps)
+        return max(epoch * self.steps_per_epoch, 1)
+
+    def restored(self, ckpt: lastgood.Checkpointer) -> None:
+        before = int(ckpt["ranks"])
+        if before != self.ranks.size:
+            # DDP averages over the ranks: what an open window holds was divided by another number of them.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(before / self.ranks.size)
+        ckpt["ranks"] = self.ranks.size
+
+    @property
+    def epochs_done(self) -> int:
+        return self.sampler.epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dataset) // self.sampler.group)
+
+    def steps_left_in_epoch(self) -> int:
+        return len(self.sampler)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        workers = self.options.workers
+        if workers is None:
+            workers = self.config.data.num_workers if self.ranks.device.type == "cuda" else 0
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.ranks.device.type == "cuda",
+            generator=torch.Generator(),  # A loader would draw from the training's random numbers otherwise.
+        )
+        while True:
+            yield from loader
+
+    def train(self, batch: Batch) -> StepResult:
+        result = self.training(batch)
+        self.sampler.advance()
+        return result
+
+    def measured(self, result: StepResult) -> dict[str, float]:
+        losses = result.losses
+        parts = (losses.total, losses.cross_entropy, losses.preference, losses.top3_hits, losses.top3_targets)
+        summed = self.ranks.sum(torch.stack([part.detach().double() for part in parts])).tolist()
+        values = {"loss": summed[0], "top3_accuracy": summed[3] / max(summed[4], 1), "learning_rate": result.lr}
+        if self.config.train.if_dpo:
+            values |= {"cross_entropy": summed[1], "preference": summed[2]}
+        if result.grad_norm is not None:
+            values["gradient"] = result.grad_norm
+        return values
+
+    def finish(self) -> None:
+        self.training.flush()
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def weights_path(self, epoch: int, step: int) -> Path:
+        return self.weights / s1_name(self.config.train.exp_name, epoch)
+
+    def write_weights(self, epoch: int, step: int) -> None:
+        write_s1_weights(
+            self.weights_path(epoch, step),
+            bare(self.model).state_dict(),
+            self.values,
+            epoch=epoch,
+            replace_file=replace,
+        )
+
+    def write_upstream(self, folder: Path, step: int) -> list[Path]:
+        """Writes a Lightning checkpoint into `folder`, from which upstream's own trainer goes on.
+
+        Raises SovitsError within an epoch, for upstream has no state for that.
+        """
+        self.check_epoch_end(self.sampler.position)
+        path = folder / f"epoch={self.epochs_done - 1}-step={self.schedule.steps}.ckpt"
+        write_checkpoint(
+            path,
+            bare(self.model).state_dict(),
+            self.optimizer.state_dict(),
+            {"last_epoch": self.schedule.steps, "_step_count": self.schedule.steps},
+            self.values,
+            epoch=self.epochs_done,
+            step=self.schedule.steps,
+            batches=self.training.micro_batches,
+            replace_file=replace,
+        )
+        return [path]

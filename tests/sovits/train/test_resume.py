@@ -1,0 +1,100 @@
+"""Killed at any step, a training goes on exactly: in one process or many, in both stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from experiments import Experiment, assert_equal, make_experiment, train, train_whole
+
+from lastgood_sovits.weights import read_weights
+
+STAGES = ("s1", "s2")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_run(tmp_path: Path, stage: str, nproc: int) -> None:
+    whole, cut = make_experiment(tmp_path / "whole"), make_experiment(tmp_path / "cut")
+    for experiment in (whole, cut):
+        experiment.s2["train"]["batch_size"] = experiment.s1["train"]["batch_size"] = 16 // nproc
+    train_whole(whole, stage, nproc)
+    # Step 2 of stage 1 lies within a window of four, step 9 within the second epoch.
+    for die, saved in ((3, 2), (9, 8)):
+        job = train(cut, stage, nproc, die=die, save_every=2)
+        assert -9 in job.codes and cut.steps(stage)[-1] == saved, job.output
+    train_whole(cut, stage, nproc, save_every=2)
+    last = whole.steps(stage)[-1]
+    assert cut.steps(stage)[-1] == last == 12
+    assert_equal(cut.tensors(stage, last), whole.tensors(stage, last))
+    assert cut.weights(stage) == whole.weights(stage) != []
+    for name in cut.weights(stage):
+        a, b = (read_weights(e.weights_folder(stage) / name).tensors for e in (cut, whole))
+        assert_equal(a, b)
+
+
+def test_three_ranks_sum_in_the_same_order_after_a_resume(tmp_path: Path) -> None:
+    whole, cut = make_experiment(tmp_path / "whole"), make_experiment(tmp_path / "cut")
+    for experiment in (whole, cut):
+        experiment.s2["train"]["batch_size"] = 8
+        experiment.s2["train"]["epochs"] = 1
+    train_whole(whole, "s2", 3)
+    assert -9 in train(cut, "s2", 3, die=2, save_every=1).codes
+    train_whole(cut, "s2", 3)
+    last = whole.steps("s2")[-1]
+    assert_equal(cut.tensors("s2", last), whole.tensors("s2", last))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves_and_ends_with_75_and_the_next_run_goes_on(experiment: Experiment, stage: str) -> None:
+    job = train(experiment, stage, 2, stop_when=lambda: _started(experiment, stage), log_every=1)
+    assert job.codes == [75, 75], job.output
+    stopped_at = experiment.steps(stage)[-1]
+    assert stopped_at > 0
+    job = train_whole(experiment, stage, 2)
+    assert f"restored step {stopped_at}" in job.output
+    assert job.output.count("Weights: ") == 1
+
+
+def _started(experiment: Experiment, stage: str) -> bool:
+    log = experiment.logs(stage) / "train.log"
+    return log.is_file() and "step 1:" in log.read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_number_of_processes_goes_on_within_an_epoch(experiment: Experiment, stage: str) -> None:
+    experiment.s1["train"]["batch_size"] = experiment.s2["train"]["batch_size"] = 8
+    seen = experiment.root / "seen.txt"
+    note = _Notes(seen)
+    assert -9 in train(experiment, stage, 2, die=3, save_every=3, before=note).codes
+    train_whole(experiment, stage, 1, before=note)
+    # Six steps of 16 clips make an epoch of 96; three are done by two processes, what is left by one of 8 clips.
+    names = [line.split("\t") for line in seen.read_text().splitlines()]
+    first = [name for epoch, name in names if epoch == "1"]
+    assert len(first) == 96 and {first.count(name) for name in set(first)} == {12}
+    losses = experiment.losses(stage) if stage == "s2" else None
+    assert losses is None or max(losses) == 3 + 6 + 12
+
+
+class _Notes:
+    """Writes down which clips are trained on, in every process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self) -> None:
+        from lastgood_sovits.train.stage1 import Stage1
+        from lastgood_sovits.train.stage2 import Stage2
+
+        for stage in (Stage1, Stage2):
+            original = stage.train
+
+            def noted(self: object, batch: object, original: object = original) -> object:
+                epoch = self.epochs_done + 1  # type: ignore[attr-defined]
+                names = getattr(batch, "batch", batch).names  # type: ignore[attr-defined]
+                with path.open("a") as file:
+                    file.write("".join(f"{epoch}\t{name}\n" for name in names))
+                return original(self, batch)  # type: ignore[operator]
+
+            stage.train = noted  # type: ignore[method-assign, assignment]
+        path = self._path
