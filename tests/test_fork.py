@@ -119,12 +119,12 @@ def test_after_sigkill_the_run_can_be_taken_at_once_though_workers_live(tmp_path
 
 def test_a_worker_that_is_terminated_dies_and_the_training_goes_on(tmp_path: Path) -> None:
     done = []
+    reader, writer = os.pipe()
     with lastgood.Checkpointer(tmp_path, w=torch.zeros(10)) as ckpt:
         for step in ckpt.steps(5):
             done.append(step)
             if step == 1:
                 # Ready before the signal comes: python drops what arrives in the middle of a fork.
-                reader, writer = os.pipe()
                 worker = fork(lambda: (os.write(writer, b"x"), time.sleep(60)))
                 os.read(reader, 1)
                 os.kill(worker, signal.SIGTERM)

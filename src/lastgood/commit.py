@@ -30,10 +30,10 @@ from lastgood.world import World
 _log = logging.getLogger("lastgood")
 _MARGIN = 4 << 20
 """Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
-_CLEAR_PATIENCE = 1.0
-"""Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
 _REMEMBERED = 16
 """Saves of which a rank that was not there keeps the messages: it may only be late."""
+_CLEAR_PATIENCE = 1.0
+"""Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
 _RETRY_WIDTH = 8
 """Saves after which a writer that was left out is tried again."""
 

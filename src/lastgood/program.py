@@ -92,8 +92,8 @@ class Events:
     def write(self, event: str, **fields: Json) -> None:
         """Add a line. The log is for people: when the disk does not take it, training goes on."""
         line = {"time": time.time(), "generation": self.generation, "event": event, **fields}
+        text = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
         with self._lock:
-            text = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
             self._late = [*self._late[-_LATE_LINES:], text]
             try:
                 disk.append_line(self._path, "\n".join(self._late))
