@@ -491,7 +491,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _patiently(lambda: _open(path, "append"), OPEN_PATIENCE)
+        # Windows locks no file that was opened for appending only.
+        self._file = _patiently(lambda: _open(path, "write" if WINDOWS else "append"), OPEN_PATIENCE)
 
     @classmethod
     def try_acquire(cls, path: Path) -> FileLock | None:
