@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from lastgood import Checkpointer, Keep, disk
 from tests.faults.crash import Killer, Moment, committed
 from tests.faults.job import FAST_SECONDS, Job, Notes, limit_threads, read_notes
 from tests.faults.processes import Ranks, scratch
 from tests.faults.report import Result
-from torch import nn
-
-from lastgood import Checkpointer, Keep, disk
 
 WORLD = 2
 END = 7

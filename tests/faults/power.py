@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lastgood import catalog, disk
+from lastgood.errors import LastGoodError
 from tests.faults import job as jobs
 from tests.faults.job import Job, Notes, read_notes
 from tests.faults.powerloss import quiet
 from tests.faults.processes import LIMIT_SECONDS, Ranks, scratch
 from tests.faults.report import Result
-
-from lastgood import catalog, disk
-from lastgood.errors import LastGoodError
 
 _OUTER_BYTES = 4 << 30
 _DISK_BYTES = 512 << 20

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.faults import ddp
 from tests.faults.test_crash import ROOT, campaign
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.faults import power
 from tests.faults.test_crash import ROOT
 
