@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lastgood import arguments, catalog, commit, generation, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
+from lastgood.frozen import Still
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
@@ -126,6 +127,7 @@ class Checkpointer:
         self._snapshot = Snapshot(self.world.rank)
         self._steady = Steady(self._snapshot.wait)
         self._steady.watch(self._objects)
+        self._still = Still()
         self._handle: SaveHandle | None = None
         self._saved_objects: object = None
         self._thread: threading.Thread | None = None
@@ -218,6 +220,8 @@ class Checkpointer:
         self._check_open()
         arguments.check_restore_step(step)
         self._finish_save()
+        self._still = Still()
+        self._snapshot.forget()
         key = f"restore/{self.generation}/{self._restores}"
         self._restores += 1
         began = time.monotonic()
@@ -323,7 +327,8 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
+        still, unchanged = self._still.take(state.tensors, self._steady.held(), self._saver.announced_frozen)
+        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take(), still, unchanged)
         request = commit.Request(
             step=step,
             tries=tries,

@@ -18,11 +18,13 @@ from pathlib import Path
 from lastgood import catalog, disk
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
+from lastgood.frozen import Frozen
 from lastgood.generation import Holder
 from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check, checksum, compact
 from lastgood.plan import Layout, structure
-from lastgood.shard import Buffer, Piece, piece_checksum
+from lastgood.shard import FROZEN, Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
+from lastgood.snapshot import Snapshot
 from lastgood.state import LocalTensor, Placement
 from lastgood.values import Json
 from lastgood.world import World
@@ -55,7 +57,7 @@ class Request:
     tensors: dict[str, LocalTensor]
     """Only their names, placements and shapes are read: the values have gone on."""
     layout: Layout
-    buffer: Buffer
+    buffer: Snapshot
     deadline: float
     """Seconds."""
 
@@ -69,6 +71,8 @@ class Committed:
     """Of the whole checkpoint, over all ranks."""
     missing: tuple[int, ...] = ()
     """Ranks that did not write their part: rank 0 did. Of one that never called save there is no random state."""
+    frozen: bool = False
+    """Whether it has a file that other checkpoints may share."""
 
 
 class SkippedError(LastGoodError):
@@ -157,7 +161,9 @@ class Member:
 
         files = []
         answer: dict[str, Json] = {}
-        if list(layout.writers) == call["writers"] and layout.share:
+        # Where rank 0 takes other tensors for frozen, the shares differ: it writes this one from its own copy.
+        alike = list(layout.writers) == call["writers"] and sorted(layout.still) == call["frozen"]
+        if alike and layout.share:
             try:
                 _await_directory(directory, request.deadline / 2, given_up)
                 answer["share"] = _write_file(directory / f"{rank:05d}.safetensors", layout.share, request.buffer)
@@ -193,6 +199,8 @@ class Root:
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
         """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
         self._saves = 0
+        self.frozen = Frozen()
+        self._announced: frozenset[str] = frozenset()
         self._attempts: dict[int, int] = {}
         self._prefixes: list[str] = []
         self.hurried = False
@@ -281,6 +289,7 @@ class Root:
             "name": name,
             "attempt": attempt,
             "writers": list(layout.writers),
+            "frozen": sorted(layout.still),
             "structure": structure(request.tensors),
             "compare": {
                 piece.name: _described(piece, request.buffer)
@@ -292,7 +301,11 @@ class Root:
         }
         self._channel.post(prefix + "call", call)
         until = time.monotonic() + request.deadline
-        files = [_write_file(directory / "00000.safetensors", layout.share, request.buffer)]
+        files = []
+        if layout.share or not layout.frozen:
+            files.append(_write_file(directory / "00000.safetensors", layout.share, request.buffer))
+        if layout.frozen:
+            files.append(self._write_frozen(directory / FROZEN, request))
         expected_shares = {
             writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
             for writer, pieces in layout.others.items()
@@ -330,7 +343,21 @@ class Root:
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
         self._go_round()
-        return Committed(directory, manifest.tensor_bytes, missing)
+        self.frozen.committed()
+        return Committed(directory, manifest.tensor_bytes, missing, bool(layout.frozen))
+
+    def _write_frozen(self, path: Path, request: Request) -> Json:
+        """The file of what does not change: by hard link where that is safe, else written."""
+        pieces, buffer = request.layout.frozen, request.buffer
+        record = self.frozen.link(path.parent, pieces, buffer)
+        if record is None:
+            record = _write_file(path, pieces, buffer)
+            self.frozen.wrote(path, record)
+        buffer.keep(pieces, [row[7] for row in record["pieces"]])
+        if self._announced != request.layout.still:
+            self._announced = request.layout.still
+            self._channel.post("frozen", sorted(request.layout.still))
+        return record
 
     def _expected(self, step: int) -> list[int]:
         """The other ranks to wait for: those that live, and did not stay away from the last save."""

@@ -435,6 +435,12 @@ def machine_guid() -> str:
     return disk_windows.machine_guid()
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """What two names of one file have in common, and no other file has. Raises FileNotFoundError."""
+    status = os.stat(_native(path))
+    return status.st_dev, status.st_ino
+
+
 def exists(path: Path) -> bool:
     return os.path.lexists(_native(path))
 

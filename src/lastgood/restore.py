@@ -6,6 +6,7 @@ read it, all go back to the same older one, which overwrites every tensor. Where
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lastgood import catalog
+from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.coordinate import Channel
 from lastgood.errors import DamagedError, LastGoodError, MismatchError, PeerError
@@ -81,6 +82,7 @@ class Restore:
                 )
 
     def _choose_and_load(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
+        self._check_mirror()
         known, newest = self._known(), self._newest()
         if newest is None:
             if step is not None:
@@ -88,10 +90,12 @@ class Restore:
             self.channel.post(f"{self.key}/0", {"fresh": True})
             return Restored(None, None, {}, None, False)
         damage: list[str] = []
-        for number, entry in enumerate(self._candidates(step, keep, known, newest)):
+        proposals = itertools.count()
+        for entry in self._candidates(step, keep, known, newest):
             try:
                 manifest = catalog.check_quick(entry)
-                restored = self._try(entry, manifest, number)
+                # Counted here, not with the candidates: the others never hear of one that fails the quick check.
+                restored = self._try(entry, manifest, next(proposals))
             except DamagedError as error:
                 damage.append(str(error))
                 self.report("skip", entry, str(error))
@@ -104,6 +108,20 @@ class Restore:
             "objects of this job may be partly overwritten: do not train on with them. `lastgood verify --full` shows "
             "the damage; to start anew, use another run directory."
         )
+
+    def _check_mirror(self) -> None:
+        """Leave out a mirror that cannot be read, where the run has checkpoints. Raises LastGoodError where not."""
+        try:
+            if self.mirror is not None:
+                disk.names(self.mirror)
+        except OSError as error:
+            if catalog.newest(self.run) is None:
+                raise LastGoodError(
+                    f"{self.run} holds no checkpoint, and the mirror {self.mirror} cannot be read: {error}. It may "
+                    "hold the training's past, so nothing is started anew."
+                ) from error
+            _log.warning("the mirror %s cannot be read (%s): restoring from the run alone", self.mirror, error)
+            self.mirror = None
 
     def _known(self) -> list[Entry]:
         """Committed checkpoints here and in the mirror, from old to new; of both places, the run's first."""

@@ -73,6 +73,11 @@ class Saver:
         announced = self._session.channel.peek("writers", 0)
         return self._writers if announced is None else tuple(announced)
 
+    @property
+    def announced_frozen(self) -> list[str] | None:
+        """On the other ranks: the tensors that rank 0 took for frozen at its last save, as far as is known."""
+        return None if self.root is not None else self._session.channel.peek("frozen", 0)
+
     def event(self, event: str, **fields: Json) -> None:
         """Rank 0: add a line to the event log, under the present generation."""
         self._events.generation = self._session.generation
@@ -190,11 +195,14 @@ class Saver:
         try:
             entry = catalog.entry_of(self._run, done.path.name)
             assert entry is not None
-            self.retention.learn(entry, request.metrics, done.bytes)
+            if not done.frozen:
+                self.retention.learn(entry, request.metrics, done.bytes)
             deleted = self.retention.apply(entry)
         except ReplacedError as error:
             _log.error("%s", error)
         except (LastGoodError, OSError) as error:
+            if self.root is not None:
+                self.root.frozen.forget()  # It may be a file that was linked on.
             kind = "reads back damaged" if isinstance(error, DamagedError) else "retention failed"
             _log.error("step %d: %s: %s. Nothing was deleted.", request.step, kind, error)
             self.event("retention-failed", step=request.step, why=str(error))

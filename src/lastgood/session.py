@@ -95,17 +95,19 @@ class Session:
         lowest = max((entry.generation for entry in here), default=0) + 1
         if self._mirror is None:
             return lowest
-        there = catalog.entries(self._mirror)
-        notes = generation.highest_note(self._mirror)
-        if not any(entry.is_committed() for entry in here) and not disk.exists(self._mirror):
-            try:
-                disk.make_dirs(self._mirror)
-            except OSError as error:
-                raise LastGoodError(
-                    f"{self._run} holds no checkpoint, and the mirror {self._mirror} cannot be reached ({error}). It "
-                    "may hold the training's past, so nothing is started anew: bring the mirror back, or leave out "
-                    "mirror= for a new run."
-                ) from error
+        try:
+            disk.make_dirs(self._mirror)
+            there = catalog.entries(self._mirror)
+            notes = generation.highest_note(self._mirror)
+        except OSError as error:
+            if any(entry.is_committed() for entry in here):
+                _log.warning("the mirror %s cannot be reached: %s", self._mirror, error)
+                return lowest
+            raise LastGoodError(
+                f"{self._run} holds no checkpoint, and the mirror {self._mirror} cannot be reached ({error}). It may "
+                "hold the training's past, so nothing is started anew: bring the mirror back, or leave out mirror= for "
+                "a new run."
+            ) from error
         return max([lowest, notes + 1, *(entry.generation + 1 for entry in there)])
 
     def advance(self) -> None:

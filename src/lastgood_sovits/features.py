@@ -7,6 +7,7 @@ The levels and layers are upstream's (GPT_SoVITS/prepare_datasets/1-get-text.py 
 from __future__ import annotations
 
 import ast
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ def make_features(folder: Path, audio: Path, hubert: Path, bert: Path | None = N
         (folder / part).mkdir(parents=True, exist_ok=True)
     for name, (phonemes, spans, text) in texts.items():
         try:
+            if not (audio / name).is_file():
+                raise SovitsError(f"there is no recording {audio / name}")
             wave = levelled(read_wave(audio / name, RATE))
             features = listen(wave)
             if read is not None and spans is not None and not _is_cantonese(phonemes):
@@ -190,7 +193,10 @@ def _save(path: Path, tensor: Tensor) -> None:
 
 
 def _save_wave(path: Path, samples: Tensor) -> None:
+    sound = io.BytesIO()  # soundfile goes back to the header, and the file goes forward only
+    soundfile.write(sound, samples.numpy(), RATE, subtype="PCM_16", format="WAV")
+
     def write(file: BinaryIO) -> None:
-        soundfile.write(file, samples.numpy(), RATE, subtype="PCM_16", format="WAV")
+        file.write(sound.getvalue())
 
     replace_file(path, write)
