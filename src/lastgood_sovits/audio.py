@@ -11,7 +11,6 @@ from pathlib import Path
 import soundfile  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lastgood_sovits.errors import SovitsError
 
@@ -107,7 +106,8 @@ def spectrogram(wave: Tensor, n_fft: int, hop_length: int, win_length: int) -> T
             f"a wave of {wave.shape[-1]} samples is too short for a spectrogram with a window of {n_fft} samples: "
             f"at least {pad + 1} are needed"
         )
-    padded = F.pad(wave.unsqueeze(1), (pad, pad), mode="reflect").squeeze(1)
+    # What F.pad(mode="reflect") gives; but the gradient of that has no fixed order of sums on CUDA.
+    padded = torch.cat((wave[:, 1 : pad + 1].flip(1), wave, wave[:, -pad - 1 : -1].flip(1)), dim=1)
     window = _window(win_length, wave.dtype, wave.device)
     transform = torch.stft(padded, n_fft, hop_length, win_length, window, center=False, return_complex=True)
     return torch.sqrt(torch.view_as_real(transform).square().sum(-1) + POWER_FLOOR)

@@ -49,7 +49,8 @@ class PeriodDiscriminator(nn.Module):
     def forward(self, wave: Tensor) -> Judgement:
         missing = -wave.shape[-1] % self.period
         if missing:
-            wave = F.pad(wave, (0, missing), mode="reflect")
+            # What F.pad(mode="reflect") gives; but the gradient of that has no fixed order of sums on CUDA.
+            wave = torch.cat((wave, wave[..., -missing - 1 : -1].flip(-1)), dim=-1)
         return _judge(torch.unflatten(wave, -1, (-1, self.period)), self.convs, self.conv_post)
 
 
