@@ -197,3 +197,33 @@ def test_a_look_at_the_lock_does_not_keep_a_job_out(tmp_path: Path) -> None:
     assert lock is not None
     threading.Timer(0.1, lock.release).start()
     lastgood.Checkpointer(tmp_path, x=1).close()
+
+
+def test_what_could_not_be_deleted_goes_with_the_next_save(tmp_path: Path) -> None:
+    with lastgood.Checkpointer(tmp_path, keep=lastgood.Keep(last=1), x=torch.zeros(100)) as ckpt:
+        ckpt.save(1).result()
+        ckpt._finish_save()
+        disk.observer = Refusing(32, lambda o: o.name == "remove" and o.path.suffix == ".safetensors")
+        ckpt.save(2).result()
+        ckpt._finish_save()
+        assert [entry.step for entry in catalog.entries(tmp_path)] == [1, 2]
+        assert [entry.step for entry in catalog.committed(tmp_path)] == [2]
+        disk.observer = None
+        ckpt.save(3).result()
+        ckpt._finish_save()
+        assert [entry.step for entry in catalog.entries(tmp_path)] == [3]
+
+
+def test_a_held_file_of_a_deleted_checkpoint_keeps_only_its_own_space(tmp_path: Path) -> None:
+    entry = catalog.entry_of(tmp_path, "step-00000001")
+    assert entry is not None
+    entry.path.mkdir()
+    for name in ("00000.safetensors", "00001.safetensors", "00002.safetensors", "manifest.json"):
+        (entry.path / name).write_bytes(b"x")
+    disk.observer = Refusing(32, lambda o: o.name == "remove" and o.path.name == "00001.safetensors")
+    with pytest.raises(PermissionError):
+        catalog.delete(entry)
+    assert os.listdir(entry.path) == ["00001.safetensors"]
+    disk.observer = None
+    catalog.delete(entry)
+    assert not entry.path.exists()
