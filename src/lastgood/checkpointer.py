@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from lastgood import arguments, catalog, commit, generation, program, random_state, stop
+from lastgood import arguments, catalog, commit, disk, generation, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.frozen import Still
 from lastgood.handle import SaveHandle

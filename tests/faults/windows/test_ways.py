@@ -105,11 +105,11 @@ def test_a_console_that_lacks_the_characters_ends_no_command(tmp_path: Path, enc
 
 
 def test_another_process_sees_that_a_run_is_held(tmp_path: Path) -> None:
-    script = (
-        f"import pathlib; from lastgood import generation; print(generation.holder(pathlib.Path({str(tmp_path)!r})))"
-    )
+    script = "import pathlib, sys, lastgood.generation as g; print(g.holder(pathlib.Path(sys.argv[1])))"
     with lastgood.Checkpointer(tmp_path, x=1):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100
+        )
     assert f"'pid': {os.getpid()}" in done.stdout, done.stderr
 
 
