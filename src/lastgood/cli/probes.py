@@ -129,7 +129,7 @@ def _replace(place: Path) -> Iterator[Finding]:
             except FileNotFoundError:
                 torn.append("missing")
             # A reader that never lets go would be a finding of its own: Windows replaces no file that is open.
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     reader = threading.Thread(target=read)
     reader.start()
