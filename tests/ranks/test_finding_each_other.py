@@ -273,6 +273,7 @@ def _spawned(rank: int, run: str, address: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_mp_spawn_with_a_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     torch.multiprocessing.spawn(_spawned, (str(tmp_path / "run"), f"file://{tmp_path}/store"), nprocs=2)

@@ -144,7 +144,7 @@ def test_a_replaced_job_that_wakes_up_does_no_harm(tmp_path: Path) -> None:
 
     def second(rank: Rank) -> list[str]:
         on_machine("B")
-        with lastgood.Checkpointer(rank.run, state=state(0), stale=5.0, keep=Keep(last=3)) as ckpt:
+        with lastgood.Checkpointer(rank.run, state=state(0), stale=5.0, keep=Keep(last=9)) as ckpt:
             assert ckpt.restore() == 2
             ckpt.save(3, blocking=True).result()
             rank.mark("replaced")
