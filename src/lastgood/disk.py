@@ -449,6 +449,14 @@ def is_dir(path: Path) -> bool:
     return os.path.isdir(_native(path))
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path with links resolved, as far as the system can: Windows cannot for every long path."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError:
+        return Path(os.path.abspath(path))
+
+
 def names(path: Path) -> list[str]:
     """The names in a directory, sorted; empty where there is none."""
     try:
