@@ -29,8 +29,8 @@ class LastGood(Checkpointer):
     """A :class:`lastgood.Checkpointer` for what ``accelerator.prepare`` gave, with the accelerator's ranks.
 
     The accelerator's scaler is saved too, and so is everything given to ``accelerator.register_for_checkpointing``
-    before. The place in the data is the program's: ``accelerator.skip_first_batches(loader, done)`` skips what was seen.
-    Of FSDP, version 2 (``fsdp_version=2``) can be saved.
+    before. The place in the data is the program's: ``accelerator.skip_first_batches(loader, done)`` skips what was
+    seen. Of FSDP, version 2 (``fsdp_version=2``) can be saved.
 
     Args:
         accelerator: the one that prepared the objects.
