@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from lastgood import arguments, catalog, commit, generation, program, random_state, stop
+from lastgood import arguments, catalog, disk, generation, part, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.frozen import Still
 from lastgood.handle import SaveHandle
@@ -147,7 +147,7 @@ class Checkpointer:
                 labels[0],
             )
         # The same directory under another name is the same run: its lock cannot tell.
-        self._key = (Path(os.path.realpath(self.run)), self.world.rank)
+        self._key = (disk.real_path(self.run), self.world.rank)
         former = _live.get(self._key)
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
@@ -329,7 +329,7 @@ class Checkpointer:
         self._check_failures()
         still, unchanged = self._still.take(state.tensors, self._steady.held(), self._saver.announced_frozen)
         self._snapshot.take(state.tensors, self._saver.writers, self._steady.take(), still, unchanged)
-        request = commit.Request(
+        request = part.Request(
             step=step,
             tries=tries,
             objects=state.objects,

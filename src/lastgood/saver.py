@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lastgood import catalog, commit, disk
+from lastgood import catalog, commit, disk, member, part
 from lastgood.errors import DamagedError, LastGoodError, PeerError, ReplacedError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes
@@ -53,7 +53,7 @@ class Saver:
         self._writers = tuple(writers)
         holder = session.holder
         if holder is None:
-            self._member = commit.Member(run, world, session.channel)
+            self._member = member.Member(run, world, session.channel)
             return
         self.root = commit.Root(run, world, session.channel, holder, writers, group)
         self.retention = Retention(run, keep, holder, self.report)
@@ -95,7 +95,7 @@ class Saver:
                 return False
             self.root.skip(step, tries)
             return True
-        key = commit.message_prefix(self._session.generation, step, tries) + "call"
+        key = part.message_prefix(self._session.generation, step, tries) + "call"
         end = time.monotonic() + deadline
         while not self.buffer_free.wait(0.005) and time.monotonic() < end:
             if "skipped" in (self._session.channel.peek(key, 0) or {}):
@@ -121,7 +121,7 @@ class Saver:
         if self._scalars is not None:
             self._scalars.close()
 
-    def start(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> threading.Thread:
+    def start(self, request: part.Request, handle: SaveHandle, before: threading.Thread | None) -> threading.Thread:
         """Write in the background, after the save `before`."""
         # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
         thread = threading.Thread(target=self.write, args=(request, handle, before), name="lastgood-save")
@@ -136,14 +136,14 @@ class Saver:
             raise
         return thread
 
-    def write(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
+    def write(self, request: part.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
         """The background part of a save."""
         if before is not None:
             before.join()  # The one before may still be deleting.
         began = time.monotonic()
         try:
             done = self.root.save(request, self._make_room) if self.root else self._follow(request)
-        except commit.SkippedError as decision:
+        except part.SkippedError as decision:
             _log.info("%s", decision)
             self.buffer_free.set()
             handle._decide("skipped", None, None)
@@ -164,7 +164,7 @@ class Saver:
         if self.root:
             self._after(request, handle, done, time.monotonic() - began)
 
-    def _follow(self, request: commit.Request) -> commit.Committed:
+    def _follow(self, request: part.Request) -> part.Committed:
         try:
             return self._member.save(request, self._session.generation)
         except PeerError as error:
@@ -174,7 +174,7 @@ class Saver:
             if entry is not None and entry.is_committed():
                 manifest = catalog.read_manifest(entry)
                 if manifest.attempt == self._member.attempt:
-                    return commit.Committed(entry.path, manifest.tensor_bytes)
+                    return part.Committed(entry.path, manifest.tensor_bytes)
             raise PeerError(f"nobody can say whether step {request.step} was saved: {error}") from error
 
     def _make_room(self, needed: int) -> None:
@@ -189,7 +189,7 @@ class Saver:
                 "written, and the last good checkpoint stays. Free some space, or keep fewer checkpoints (Keep)."
             )
 
-    def _after(self, request: commit.Request, handle: SaveHandle, done: commit.Committed, seconds: float) -> None:
+    def _after(self, request: part.Request, handle: SaveHandle, done: part.Committed, seconds: float) -> None:
         """Rank 0, after a commit: say so, copy, clean up."""
         deleted: list[str] = []
         try:

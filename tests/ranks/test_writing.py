@@ -13,7 +13,7 @@ import pytest
 import torch
 from rank_processes import Rank, at_operation, checkpoints, events, run_ranks, wait_until
 
-from lastgood import SaveError, catalog, commit, disk
+from lastgood import SaveError, catalog, commit, disk, member
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -70,13 +70,13 @@ def test_a_rank_that_never_saves_does_not_gather_the_messages_of_all_saves(tmp_p
     def main(rank: Rank) -> None:
         with rank.checkpointer(state={"a": torch.ones(3)}, replicated=["*"], deadline=0.5) as ckpt:
             if rank.rank == 0:
-                for step in range(commit._REMEMBERED + 10):
+                for step in range(member._REMEMBERED + 10):
                     ckpt.save(step, blocking=True).result()
                 rank.mark("saved")
             else:
                 rank.await_mark("saved")
                 inbox = {key for key, _ in ckpt.channel._inbox if key.startswith("save/")}
-                assert len(inbox) <= 2 * commit._REMEMBERED
+                assert len(inbox) <= 2 * member._REMEMBERED
 
     for ended in run_ranks(2, main, tmp_path):
         ended.ok()

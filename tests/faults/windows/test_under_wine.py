@@ -22,7 +22,7 @@ from lastgood import catalog
 ROOT = Path(os.environ.get("LASTGOOD_WINE", "~/.cache/lastgood-wine")).expanduser()
 HERE = Path(__file__).parent
 TREE = HERE.parents[2]
-ALLOWED = ("needs fork", "needs POSIX", "needs CUDA", "Wine")
+ALLOWED = ("needs fork", "needs POSIX", "needs CUDA", "may not make symbolic links", "Wine")
 """Reasons for which a test may be skipped inside: what Windows does not have, and what Wine does otherwise."""
 
 pytestmark = [
