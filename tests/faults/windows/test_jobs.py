@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name != "nt", reason="needs Windows")
+pytestmark = [pytest.mark.skipif(os.name != "nt", reason="needs Windows"), pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("program.py")
-SECONDS = 240
+SECONDS = 400
 UNTIL, KILLED_AT = 6, 4
 
 
