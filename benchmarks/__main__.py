@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="the rows of a GPU: prints a table, writes nothing")
     parser.add_argument("--directory", type=Path, default=Path("."), help="where the files are written: the disk")
     parser.add_argument("--only", default="", help="comma-separated names of scenarios")
+    parser.add_argument("--contenders", default="", help="comma-separated beginnings of names; all by default")
     arguments = parser.parse_args()
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("--gpu: this machine has no CUDA device")
@@ -28,7 +29,7 @@ def main() -> None:
     began = time.monotonic()
     try:
         device = "cuda" if arguments.gpu else "cpu"
-        bench = scenarios.Bench(directory, device, quick=arguments.quick)
+        bench = scenarios.Bench(directory, device, quick=arguments.quick, contenders=arguments.contenders.split(","))
         names = [name for name in arguments.only.split(",") if name] or (
             scenarios.GPU if arguments.gpu else scenarios.ALL
         )
@@ -37,7 +38,7 @@ def main() -> None:
             getattr(bench, name)()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    complete = not (arguments.quick or arguments.gpu or arguments.only)
+    complete = not (arguments.quick or arguments.gpu or arguments.only or arguments.contenders)
     report.publish(bench, Path(__file__).parent.parent / "docs" if complete else None)
 
 

@@ -55,7 +55,8 @@ def entry_of(run: Path, name: str) -> Entry | None:
 
 def entries(run: Path) -> list[Entry]:
     """All checkpoint directories of a run, committed or not, from old to new."""
-    return sorted(entry for name in disk.names(run) if (entry := entry_of(run, name)) is not None)
+    found = (entry for name in disk.names(run) if (entry := entry_of(run, name)) is not None)
+    return sorted(found, key=lambda entry: (entry.generation, entry.step, entry.attempt, entry.name))
 
 
 def committed(run: Path) -> list[Entry]:
@@ -65,7 +66,13 @@ def committed(run: Path) -> list[Entry]:
 
 def newest(run: Path) -> Entry | None:
     """The newest committed checkpoint; reads no more of the others than their names."""
-    return next((entry for entry in reversed(entries(run)) if entry.is_committed()), None)
+    # Only what is looked at becomes an entry: there may be thousands.
+    matches = (match for name in disk.names(run) if (match := _DIRECTORY.fullmatch(name)) is not None)
+    for match in sorted(matches, key=lambda m: (int(m[2] or 1), int(m[1]), int(m[3] or 0)), reverse=True):
+        entry = entry_of(run, match[0])
+        if entry is not None and entry.is_committed():
+            return entry
+    return None
 
 
 def lineage(start: Entry, known: Sequence[Entry], mirror: Path | None = None) -> Iterator[Entry]:

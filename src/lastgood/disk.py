@@ -225,6 +225,17 @@ else:
         os.fsync(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that another library has written and closed."""
+    with _observed("sync", path):
+        # Windows syncs only what is open for writing.
+        descriptor = os.open(_native(path), os.O_RDWR if WINDOWS else os.O_RDONLY)
+        try:
+            _sync_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sync_dir(path: Path) -> bool:
     """Make the names in a directory durable. Returns whether the file system knows how to.
 

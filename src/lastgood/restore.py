@@ -83,7 +83,7 @@ class Restore:
 
     def _choose_and_load(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         self._check_mirror()
-        known, newest = self._known(), self._newest()
+        newest = self._newest()
         if newest is None:
             if step is not None:
                 raise LastGoodError(f"{self.run} has no checkpoint yet: restore(step={step!r}) has nothing to restore")
@@ -91,7 +91,7 @@ class Restore:
             return Restored(None, None, {}, None, False)
         damage: list[str] = []
         proposals = itertools.count()
-        for entry in self._candidates(step, keep, known, newest):
+        for entry in self._candidates(step, keep, newest):
             try:
                 manifest = catalog.check_quick(entry)
                 # Counted here, not with the candidates: the others never hear of one that fails the quick check.
@@ -134,23 +134,31 @@ class Restore:
         places = [self.run] + ([self.mirror] if self.mirror is not None else [])
         return max((entry for run in places if (entry := catalog.newest(run)) is not None), default=None)
 
-    def _candidates(
-        self, step: int | Literal["best"] | None, keep: Keep, known: list[Entry], newest: Entry
-    ) -> Iterator[Entry]:
+    def _candidates(self, step: int | Literal["best"] | None, keep: Keep, newest: Entry) -> Iterator[Entry]:
+        if step is None:
+            # The newest is nearly always good: all the others, maybe thousands, are looked at only where it is not.
+            yield from self._places(newest)
+        known = self._known()
         branch = list(catalog.lineage(newest, known, self.mirror))
-        if step == "best":
+        if step is None:
+            branch = branch[1:]
+        elif step == "best":
             branch = self._by_metric(branch, keep)
-        elif step is not None:
+        else:
             branch = [e for e in branch if e.step == step] or [e for e in reversed(known) if e.step == step][:1]
             if not branch:
                 steps = ", ".join(str(entry.step) for entry in known)
                 raise LastGoodError(f"{self.run} has no checkpoint of step {step}; there are {steps}")
         for entry in branch:
-            yield entry
-            if self.mirror is not None and entry.run != self.mirror:
-                copy = Entry(entry.generation, entry.step, entry.attempt, entry.name, self.mirror)
-                if copy.is_committed():
-                    yield copy
+            yield from self._places(entry)
+
+    def _places(self, entry: Entry) -> Iterator[Entry]:
+        """A checkpoint, and its copy in the mirror."""
+        yield entry
+        if self.mirror is not None and entry.run != self.mirror:
+            copy = Entry(entry.generation, entry.step, entry.attempt, entry.name, self.mirror)
+            if copy.is_committed():
+                yield copy
 
     def _by_metric(self, branch: list[Entry], keep: Keep) -> list[Entry]:
         if keep.metric is None:

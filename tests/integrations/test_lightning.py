@@ -48,8 +48,17 @@ def join(rank: Rank) -> None:
         rank.group()
 
 
+class Drawing(lightning_ddp.Batches):
+    """Draws a seed whenever an iterator is made, as torch's DataLoader does."""
+
+    def __iter__(self) -> Any:
+        torch.empty((), dtype=torch.int64).random_()
+        return super().__iter__()
+
+
 def train(rank: Rank, run: Path, death: int | None = None) -> Any:
     join(rank)
+    lightning_ddp.Batches = Drawing  # type: ignore[misc]
     counter = DieAt(death)
     model = lightning_ddp.train(str(run), 3, 2, counter)
     return [p.detach().clone() for p in model.parameters()], counter.count

@@ -99,10 +99,13 @@ class LastGood(Checkpoint):
             self._random = random_state.capture()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop = trainer.fit_loop
-        if self._random is not None and not loop.epoch_loop.batch_progress.is_last_batch:
-            # In the middle of an epoch: the loader's iterator was made again since, and drew a seed in doing so.
+        if self._random is not None:
+            # The loader's iterators that fit() made since have drawn seeds.
             random_state.apply(self._random)
+            loop = trainer.fit_loop
+            if loop.epoch_loop.batch_progress.is_last_batch and loop._data_fetcher is not None:
+                # An uninterrupted training makes one here, for the new epoch; after a restart Lightning does not.
+                iter(loop._data_fetcher)
         self._random = None
 
     def on_train_batch_end(
