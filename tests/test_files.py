@@ -177,6 +177,8 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
         link.symlink_to(tmp_path / "data" / "real.pth")
     except OSError:
         pytest.skip("this user may not make symbolic links")
+    if not link.is_symlink():
+        pytest.skip("Wine says that it made the link, and did not")
     files.save(NEW, link)
     assert link.is_symlink()
     assert torch.load(tmp_path / "data" / "real.pth")["step"] == 2

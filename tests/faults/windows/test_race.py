@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name != "nt", reason="needs Windows")
+pytestmark = [pytest.mark.skipif(os.name != "nt", reason="needs Windows"), pytest.mark.timeout(6000)]
 ROUNDS = os.environ.get("LASTGOOD_ROUNDS", "100")
 
 
@@ -23,7 +23,7 @@ def race(directory: Path, how: str, *before: str, options: tuple[str, ...] = ())
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=280,
+        timeout=30 * int(ROUNDS),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))

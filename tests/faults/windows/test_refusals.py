@@ -227,3 +227,14 @@ def test_a_held_file_of_a_deleted_checkpoint_keeps_only_its_own_space(tmp_path: 
     disk.observer = None
     catalog.delete(entry)
     assert not entry.path.exists()
+
+
+def test_a_checkpoint_that_nobody_may_read_is_reported_and_the_one_before_it_restored(tmp_path: Path) -> None:
+    train(tmp_path, 2)
+    disk.observer = Refusing(32, lambda o: o.name == "read" and o.path.parent.name == "step-00000002")
+    with lastgood.Checkpointer(tmp_path, x=torch.zeros(100)) as ckpt:
+        assert ckpt.restore() == 1
+    disk.observer = None
+    (skipped,) = [event for event in read_events(tmp_path) if event["event"] == "skip"]
+    assert skipped["step"] == 2 and "refused by the system" in skipped["why"]
+    assert [entry.step for entry in catalog.committed(tmp_path)] == [1, 2]

@@ -39,7 +39,9 @@ def windows_name(path: Path) -> str:
     return "Z:" + str(path).replace("/", "\\")
 
 
-def windows_python(*arguments: str, seconds: int = 900) -> tuple[int, str]:
+def windows_python(
+    *arguments: str, seconds: int = 3600 if "LASTGOOD_ROUNDS" in os.environ else 1400
+) -> tuple[int, str]:
     """Exit code and output."""
     paths = [windows_name(TREE / "src"), windows_name(TREE / "tests")]
     done = subprocess.run(
@@ -77,16 +79,12 @@ GROUPS = {
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_windows(drive: Path, group: str) -> None:
     report = drive / "report.xml"
-    code, output = windows_python(
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--basetemp=" + windows_name(drive / "t"),
-        "--junitxml=" + windows_name(report),
-        *(windows_name(TREE / "tests" / file) for file in GROUPS[group]),
-    )
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp=" + windows_name(drive / "t")]
+    files = [windows_name(TREE / "tests" / file) for file in GROUPS[group]]
+    for _attempt in range(2):
+        code, output = windows_python("-m", "pytest", *options, "--junitxml=" + windows_name(report), *files)
+        if "WinError 1359" not in output:
+            break  # Once in some hundred times Wine cannot start a process, for no reason of ours.
     assert code == 0, output
     cases = list(ElementTree.parse(report).iter("testcase"))
     skipped = [str(found.get("message")) for case in cases for found in case.iter("skipped")]
