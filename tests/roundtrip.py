@@ -45,6 +45,8 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
         return next((d for i, (a, b) in pairs if (d := difference(a, b, f"{path}[{i}]"))), None)
     if isinstance(one, float) and math.isnan(one) and math.isnan(two):
         return None
+    if isinstance(one, complex):
+        return difference((one.real, one.imag), (two.real, two.imag), path)
     if type(one).__module__ == "numpy":
         same = one.dtype == two.dtype and one.shape == two.shape
         same = same and (one.tobytes() == two.tobytes() or (one.ndim == 0 and one != one and two != two))

@@ -172,3 +172,11 @@ def test_any_view_of_any_memory_is_copied_right(data: st.DataObject) -> None:
     for piece in snapshot.layout.pieces():
         if piece.name in ("v", "again[1]"):
             assert bytes(snapshot.view[piece.at : piece.at + piece.size]) == bits(view)
+
+
+def test_a_conjugate_view_is_not_its_base(tmp_path: Path) -> None:
+    def make() -> dict[str, Any]:
+        z = torch.randn(3, dtype=torch.complex64)
+        return {"v": {"z": z, "conjugate": z.conj(), "imaginary": z.imag, "negated": z.conj().imag}}
+
+    round_trip(tmp_path, make, rebuild=lambda: {"v": {}})

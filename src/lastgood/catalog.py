@@ -55,7 +55,8 @@ def entry_of(run: Path, name: str) -> Entry | None:
 
 def entries(run: Path) -> list[Entry]:
     """All checkpoint directories of a run, committed or not, from old to new."""
-    return sorted(entry for name in disk.names(run) if (entry := entry_of(run, name)) is not None)
+    found = (entry for name in disk.names(run) if (entry := entry_of(run, name)) is not None)
+    return sorted(found, key=lambda entry: (entry.generation, entry.step, entry.attempt, entry.name))
 
 
 def committed(run: Path) -> list[Entry]:
@@ -65,7 +66,13 @@ def committed(run: Path) -> list[Entry]:
 
 def newest(run: Path) -> Entry | None:
     """The newest committed checkpoint; reads no more of the others than their names."""
-    return next((entry for entry in reversed(entries(run)) if entry.is_committed()), None)
+    # Only what is looked at becomes an entry: there may be thousands.
+    matches = (match for name in disk.names(run) if (match := _DIRECTORY.fullmatch(name)) is not None)
+    for match in sorted(matches, key=lambda m: (int(m[2] or 1), int(m[1]), int(m[3] or 0)), reverse=True):
+        entry = entry_of(run, match[0])
+        if entry is not None and entry.is_committed():
+            return entry
+    return None
 
 
 def lineage(start: Entry, known: Sequence[Entry], mirror: Path | None = None) -> Iterator[Entry]:
@@ -132,10 +139,14 @@ def check_quick(entry: Entry) -> Manifest:
     return manifest
 
 
-def check_full(entry: Entry) -> Manifest:
-    """The manifest, after every byte of the checkpoint was read from the disk and checked. Raises DamagedError."""
+def check_full(entry: Entry, trusted: Sequence[str] = ()) -> Manifest:
+    """The manifest, after every byte of the checkpoint was read from the disk and checked. Raises DamagedError.
+
+    Args:
+        trusted: shards that were read lately under another name: only their size is looked at.
+    """
     manifest = check_quick(entry)
-    check_shards(entry, manifest)
+    check_shards(entry, manifest, trusted=trusted)
     return manifest
 
 
@@ -148,7 +159,9 @@ def chunks_by_shard(manifest: Manifest) -> list[list[tuple[str, Chunk]]]:
     return chunks
 
 
-def check_shards(entry: Entry, manifest: Manifest, advance: Callable[[int], None] | None = None) -> None:
+def check_shards(
+    entry: Entry, manifest: Manifest, advance: Callable[[int], None] | None = None, trusted: Sequence[str] = ()
+) -> None:
     """Read every byte of every shard from the disk and check it. Raises DamagedError.
 
     Args:
@@ -156,7 +169,8 @@ def check_shards(entry: Entry, manifest: Manifest, advance: Callable[[int], None
     """
     chunks = chunks_by_shard(manifest)
     for record, parts in zip(manifest.shards, chunks, strict=True):
-        shard.check_full(entry.path / record.file, record, parts, advance)
+        if record.file not in trusted:
+            shard.check_full(entry.path / record.file, record, parts, advance)
 
 
 def damage(entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[int], None] | None = None) -> list[str]:
@@ -180,10 +194,24 @@ def damage(entry: Entry, manifest: Manifest, *, full: bool, advance: Callable[[i
     return found
 
 
-def delete(entry: Entry) -> None:
-    """Delete a checkpoint: the manifest first, durably, so that half a checkpoint never looks like a whole one."""
-    disk.remove(entry.path / NAME, missing_ok=True)
+def delete(entry: Entry, *, patience: float | None = None) -> None:
+    """Delete a checkpoint: the manifest first, durably, so that half a checkpoint never looks like a whole one.
+
+    Args:
+        patience: seconds to wait for a program that has one of the files open (Windows).
+
+    Raises:
+        OSError: something of it is still there; the manifest is the last to stay.
+    """
+    disk.remove(entry.path / NAME, missing_ok=True, patience=patience)
     disk.sync_dir(entry.path)
+    refused: OSError | None = None
     for name in disk.names(entry.path):
-        disk.remove(entry.path / name, missing_ok=True)
-    disk.remove_dir(entry.path)
+        try:
+            # A file that is held keeps its own space only: the others are given back now.
+            disk.remove(entry.path / name, missing_ok=True, patience=patience if refused is None else 0)
+        except OSError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    disk.remove_dir(entry.path, patience=patience)

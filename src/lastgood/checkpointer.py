@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from lastgood import arguments, catalog, commit, generation, program, random_state, stop
+from lastgood import arguments, catalog, disk, generation, part, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
+from lastgood.frozen import Still
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
@@ -126,6 +127,7 @@ class Checkpointer:
         self._snapshot = Snapshot(self.world.rank)
         self._steady = Steady(self._snapshot.wait)
         self._steady.watch(self._objects)
+        self._still = Still()
         self._handle: SaveHandle | None = None
         self._saved_objects: object = None
         self._thread: threading.Thread | None = None
@@ -145,7 +147,7 @@ class Checkpointer:
                 labels[0],
             )
         # The same directory under another name is the same run: its lock cannot tell.
-        self._key = (Path(os.path.realpath(self.run)), self.world.rank)
+        self._key = (disk.real_path(self.run), self.world.rank)
         former = _live.get(self._key)
         if former is not None and not former._closed:
             _log.info("%s: the Checkpointer made before in this process gives it up", self.run)
@@ -218,6 +220,8 @@ class Checkpointer:
         self._check_open()
         arguments.check_restore_step(step)
         self._finish_save()
+        self._still = Still()
+        self._snapshot.forget()
         key = f"restore/{self.generation}/{self._restores}"
         self._restores += 1
         began = time.monotonic()
@@ -323,8 +327,9 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take())
-        request = commit.Request(
+        still, unchanged = self._still.take(state.tensors, self._steady.held(), self._saver.announced_frozen)
+        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take(), still, unchanged)
+        request = part.Request(
             step=step,
             tries=tries,
             objects=state.objects,
@@ -515,8 +520,9 @@ def _at_exit() -> None:
     if failed is not None:
         print(f"lastgood: the program ends, and its last save failed: {failed}", file=sys.stderr)
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # A program without a console (pythonw) has none.
+                stream.flush()
         os._exit(_EXIT_CODE)
 
 

@@ -12,166 +12,39 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lastgood import catalog, disk
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
+from lastgood.frozen import Frozen
 from lastgood.generation import Holder
-from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check, checksum, compact
-from lastgood.plan import Layout, structure
-from lastgood.shard import Buffer, Piece, piece_checksum
-from lastgood.shard import write as write_shard
-from lastgood.state import LocalTensor, Placement
+from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check
+from lastgood.part import (
+    Committed,
+    Request,
+    describe,
+    described,
+    difference,
+    differing_names,
+    message_prefix,
+    some,
+    tree_digest,
+    write_file,
+)
+from lastgood.plan import structure
+from lastgood.shard import FROZEN, piece_checksum
+from lastgood.state import Placement
 from lastgood.values import Json
 from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
 _MARGIN = 4 << 20
 """Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
-_REMEMBERED = 16
-"""Saves of which a rank that was not there keeps the messages: it may only be late."""
+_CLEAR_PATIENCE = 1.0
+"""Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
 _RETRY_WIDTH = 8
 """Saves after which a writer that was left out is tried again."""
-
-
-@dataclass(slots=True)
-class Request:
-    """One rank's part in a save: everything is in host memory, and nothing of it changes any more."""
-
-    step: int
-    tries: int
-    """How often this rank tried to save this step before."""
-    objects: dict[str, Json]
-    kinds: dict[str, str]
-    random: Json
-    metrics: dict[str, float]
-    program: dict[str, Json]
-    versions: dict[str, str]
-    parent: str | None
-    tensors: dict[str, LocalTensor]
-    """Only their names, placements and shapes are read: the values have gone on."""
-    layout: Layout
-    buffer: Buffer
-    deadline: float
-    """Seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What a save came to."""
-
-    path: Path
-    bytes: int
-    """Of the whole checkpoint, over all ranks."""
-    missing: tuple[int, ...] = ()
-    """Ranks that did not write their part: rank 0 did. Of one that never called save there is no random state."""
-
-
-class SkippedError(LastGoodError):
-    """Rank 0 decided to leave this save out."""
-
-
-def message_prefix(generation: int, step: int, tries: int) -> str:
-    """Of all messages about one try to save one step."""
-    return f"save/{generation}/{step}/{tries}/"
-
-
-class Member:
-    """A rank other than 0 in a save."""
-
-    def __init__(self, run: Path, world: World, channel: Channel) -> None:
-        self._run, self._world, self._channel = run, world, channel
-        self._over: list[str] = []
-        channel.on("save/", self._tidy)
-        self.directory = ""
-        """Name of the directory of the last attempt, and the attempt: to look for when rank 0 falls silent."""
-        self.attempt = ""
-
-    def _tidy(self, key: str, _: Json) -> None:
-        """Drop the messages of saves to which this rank did not come: it may never call save at all."""
-        if key.endswith("/outcome"):
-            self._over.append(key.removesuffix("outcome"))
-            for prefix in self._over[:-_REMEMBERED]:
-                self._channel.forget(prefix)
-            del self._over[:-_REMEMBERED]
-
-    def save(self, request: Request, generation: int) -> Committed:
-        """Take part in a save. Runs in the background.
-
-        Raises:
-            SaveError: the save was given up.
-            SkippedError: it was left out.
-            PeerError: rank 0 fell silent; whether there is a checkpoint is for the disk to say.
-        """
-        prefix = message_prefix(generation, request.step, request.tries)
-        self.directory = self.attempt = ""
-        # First of all what rank 0 needs in order to complete the save should this rank die in it.
-        compare = {piece.name: _described(piece, request.buffer) for piece in request.layout.compare}
-        objects = {name: _tree_digest(tree) for name, tree in request.objects.items()}
-        self._channel.post(prefix + "holds", {"random": request.random, "compare": compare, "objects": objects})
-        # A save that fails before it is called is given up without a call.
-        keys = [prefix + "call", prefix + "outcome"]
-        key, call = self._channel.receive_any(keys, time.monotonic() + request.deadline)
-        if key != keys[0]:
-            raise SaveError(call["failed"])
-        if "skipped" in call:
-            raise SkippedError(call["skipped"])
-        self.directory, self.attempt = call["name"], call["attempt"]
-        if self._channel.peek(prefix + "outcome", 0) is None:
-            report: dict[str, Json] = {"random": request.random}
-            try:
-                report.update(self._write(request, call, prefix, compare, objects))
-            except Exception as error:
-                report["error"] = f"{type(error).__name__}: {error}"
-            self._channel.post(prefix + "report", report)
-        # Rank 0 has its own deadline and then still has to write: it is given as much again, twice over.
-        outcome = self._channel.receive(prefix + "outcome", time.monotonic() + 3 * request.deadline)
-        self._channel.forget(prefix)
-        if "failed" in outcome:
-            raise SaveError(outcome["failed"])
-        if self._world.rank in outcome["missing"]:
-            self._take_back(self._run / call["name"])
-        return Committed(self._run / call["name"], outcome["bytes"], tuple(outcome["missing"]))
-
-    def _take_back(self, directory: Path) -> None:
-        """Rank 0 committed without this rank: what it wrote too late belongs to no checkpoint."""
-        _log.warning("rank %d came too late to %s: rank 0 completed it", self._world.rank, directory.name)
-        for name in (f"{self._world.rank:05d}.safetensors", f"{self._world.rank:05d}-own.safetensors"):
-            try:
-                disk.remove(directory / name, missing_ok=True)
-            except OSError as error:
-                _log.warning("the superfluous %s stays until the checkpoint is deleted: %s", directory / name, error)
-
-    def _write(self, request: Request, call: Json, prefix: str, compare: Json, objects: Json) -> Json:
-        layout, rank = request.layout, self._world.rank
-        if structure(request.tensors) != call["structure"]:
-            return {"structure": _describe(request.tensors)}
-        directory = self._run / call["name"]
-
-        def given_up() -> bool:
-            return self._channel.peek(prefix + "outcome", 0) is not None
-
-        files = []
-        answer: dict[str, Json] = {}
-        if list(layout.writers) == call["writers"] and layout.share:
-            try:
-                _await_directory(directory, request.deadline / 2, given_up)
-                answer["share"] = _write_file(directory / f"{rank:05d}.safetensors", layout.share, request.buffer)
-            except OSError as error:
-                answer["refused"] = str(error)
-        different = _different(compare, call["compare"])
-        differing = [piece for piece in layout.compare if piece.name in different]
-        own = [*layout.own, *differing]
-        if own:
-            _await_directory(directory, request.deadline / 2, given_up)
-            files.append(_write_file(directory / f"{rank:05d}-own.safetensors", own, request.buffer))
-        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
-        answer["own"] = files
-        answer["local"] = {piece.name: piece.label for piece in own if piece.label != piece.name}
-        answer["objects"] = {name: request.objects[name] for name in _different(objects, call["objects"])}
-        return answer
 
 
 class Root:
@@ -191,6 +64,8 @@ class Root:
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
         """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
         self._saves = 0
+        self.frozen = Frozen()
+        self._announced: frozenset[str] = frozenset()
         self._attempts: dict[int, int] = {}
         self._prefixes: list[str] = []
         self.hurried = False
@@ -279,18 +154,23 @@ class Root:
             "name": name,
             "attempt": attempt,
             "writers": list(layout.writers),
+            "frozen": sorted(layout.still),
             "structure": structure(request.tensors),
             "compare": {
-                piece.name: _described(piece, request.buffer)
+                piece.name: described(piece, request.buffer)
                 for piece in (layout.compare if self._world.size > 1 else ())
             },
-            "objects": {name: _tree_digest(tree) for name, tree in request.objects.items()}
+            "objects": {name: tree_digest(tree) for name, tree in request.objects.items()}
             if self._world.size > 1
             else {},
         }
         self._channel.post(prefix + "call", call)
         until = time.monotonic() + request.deadline
-        files = [_write_file(directory / "00000.safetensors", layout.share, request.buffer)]
+        files = []
+        if layout.share or not layout.frozen:
+            files.append(write_file(directory / "00000.safetensors", layout.share, request.buffer))
+        if layout.frozen:
+            files.append(self._write_frozen(directory / FROZEN, request))
         expected_shares = {
             writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
             for writer, pieces in layout.others.items()
@@ -315,7 +195,7 @@ class Root:
             share = self._accept(directory, writer, reports.get(writer), expected, layout.writers)
             if share is None:
                 pieces = layout.others[writer]
-                share = _write_file(directory / f"{writer:05d}-by-0.safetensors", pieces, request.buffer)
+                share = write_file(directory / f"{writer:05d}-by-0.safetensors", pieces, request.buffer)
             files.append(share)
         for rank, report in sorted(reports.items()):
             for file in report["own"]:
@@ -328,7 +208,21 @@ class Root:
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
         self._go_round()
-        return Committed(directory, manifest.tensor_bytes, missing)
+        self.frozen.committed()
+        return Committed(directory, manifest.tensor_bytes, missing, bool(layout.frozen))
+
+    def _write_frozen(self, path: Path, request: Request) -> Json:
+        """The file of what does not change: by hard link where that is safe, else written."""
+        pieces, buffer = request.layout.frozen, request.buffer
+        record = self.frozen.link(path.parent, pieces, buffer)
+        if record is None:
+            record = write_file(path, pieces, buffer)
+            self.frozen.wrote(path, record)
+        buffer.keep(pieces, [row[7] for row in record["pieces"]])
+        if self._announced != request.layout.still:
+            self._announced = request.layout.still
+            self._channel.post("frozen", sorted(request.layout.still))
+        return record
 
     def _expected(self, step: int) -> list[int]:
         """The other ranks to wait for: those that live, and did not stay away from the last save."""
@@ -356,7 +250,7 @@ class Root:
             if "structure" in report:
                 raise SaveError(
                     f"step {request.step} was not saved: rank {rank} has another structure than rank 0. "
-                    + _difference(_describe(request.tensors), report["structure"], rank)
+                    + difference(describe(request.tensors), report["structure"], rank)
                 )
             if "error" in report:
                 raise SaveError(
@@ -373,10 +267,10 @@ class Root:
             else:
                 fate = f"did not call save({request.step})"
             alone = self._only_there(request, rank)
-            alone += [name for what in held if what != "random" for name in _different(held[what], call[what])]
+            alone += [name for what in held if what != "random" for name in differing_names(held[what], call[what])]
             if alone:
                 raise SaveError(
-                    f"step {request.step} was not saved: rank {rank} {fate}, and only it had {_some(alone)}. All ranks "
+                    f"step {request.step} was not saved: rank {rank} {fate}, and only it had {some(alone)}. All ranks "
                     "must call save. The checkpoints before it are untouched."
                 )
             if rank in self._absent:
@@ -414,7 +308,7 @@ class Root:
             _log.warning(
                 "the replicas have drifted apart: %s differ between rank 0 and rank %d. Rank 0's are saved. Look for a "
                 "rank that skips steps, or for weights that are changed outside of DDP.",
-                _some(wrong),
+                some(wrong),
                 writer,
             )
             return None
@@ -528,78 +422,9 @@ class Root:
                 self._holder.check()
                 if disk.exists(entry.path):
                     # It may hold a manifest, where the failure came after that was put in place.
-                    catalog.delete(entry)
+                    catalog.delete(entry, patience=_CLEAR_PATIENCE)
                 self._channel.forget(prefix)
             except (OSError, LastGoodError) as error:
                 _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", entry.path, error)
                 left.append((entry, prefix, set()))
         self._litter = left
-
-
-def _await_directory(path: Path, seconds: float, given_up: Callable[[], bool]) -> None:
-    """A network file system may show a new directory late.
-
-    Raises FileNotFoundError after `seconds`, or as soon as the save is `given_up` and the directory so deleted.
-    """
-    end = time.monotonic() + seconds
-    while not disk.exists(path):
-        if given_up():
-            raise FileNotFoundError(f"{path} is deleted: rank 0 gave the save up")
-        if time.monotonic() > end:
-            raise FileNotFoundError(f"{path}, which rank 0 made, is not visible here: another disk?")
-        time.sleep(0.01)
-
-
-def _write_file(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> Json:
-    """Write a shard; returns its record as it travels in a report."""
-    record, digests = write_shard(path, pieces, buffer)
-    rows, at = [], record.header_size
-    for piece, digest in zip(pieces, digests, strict=True):
-        shape, whole = list(piece.shape), list(piece.tensor_shape)
-        rows.append([piece.label, piece.dtype, whole, list(piece.offsets), shape, at, at + piece.size, digest])
-        at += piece.size
-    return {
-        "file": record.file,
-        "size": record.size,
-        "header_size": record.header_size,
-        "header_checksum": record.header_checksum,
-        "pieces": rows,
-    }
-
-
-def _described(piece: Piece, buffer: Buffer) -> str:
-    """What two ranks compare of a tensor."""
-    return piece_checksum(piece, buffer) + f" {piece.dtype} {list(piece.shape)}"
-
-
-def _different(mine: Json, theirs: Json) -> list[str]:
-    """The names under which this rank has something else than the other."""
-    return [name for name, digest in mine.items() if theirs.get(name) != digest]
-
-
-def _tree_digest(tree: Json) -> str:
-    return checksum(compact(tree).encode())
-
-
-def _describe(tensors: dict[str, LocalTensor]) -> dict[str, str]:
-    """The replicated tensors in words, to say where two ranks differ."""
-    return {
-        name: f"{str(t.tensor.dtype).removeprefix('torch.')} {list(t.shape)}"
-        for name, t in tensors.items()
-        if t.placement is Placement.REPLICATED
-    }
-
-
-def _difference(mine: dict[str, str], theirs: dict[str, str], rank: int) -> str:
-    parts = [f"only rank 0 has {_some(only)}" for only in [[n for n in mine if n not in theirs]] if only]
-    parts += [f"only rank {rank} has {_some(only)}" for only in [[n for n in theirs if n not in mine]] if only]
-    parts += [
-        f"{name} is {mine[name]} on rank 0 and {theirs[name]} on rank {rank}"
-        for name in [n for n in mine if n in theirs and mine[n] != theirs[n]][:5]
-    ]
-    return "; ".join(parts or ["the order of the tensors differs"]) + "."
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -441,12 +441,31 @@ def file_size(path: Path) -> int:
     return os.stat(_native(path)).st_size
 
 
+def machine_guid() -> str:
+    """What tells this installation of Windows from others. Raises OSError on other systems."""
+    return disk_windows.machine_guid()
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """What two names of one file have in common, and no other file has. Raises FileNotFoundError."""
+    status = os.stat(_native(path))
+    return status.st_dev, status.st_ino
+
+
 def exists(path: Path) -> bool:
     return os.path.lexists(_native(path))
 
 
 def is_dir(path: Path) -> bool:
     return os.path.isdir(_native(path))
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path with links resolved, as far as the system can: Windows cannot for every long path."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError:
+        return Path(os.path.abspath(path))
 
 
 def names(path: Path) -> list[str]:
@@ -474,9 +493,13 @@ def give_to_group(path: Path, group: int) -> None:
     """Let a group read and write what was made: for clusters where colleagues share a run directory."""
     if WINDOWS:
         return
-    os.chown(path, -1, group)
-    mode = os.stat(path).st_mode
-    os.chmod(path, mode | (0o070 if path.is_dir() else 0o060))
+    status = os.stat(path)
+    wanted = 0o070 if stat.S_ISDIR(status.st_mode) else 0o060
+    # What a colleague has made is the group's already, and only its owner may change that.
+    if status.st_gid != group:
+        os.chown(path, -1, group)
+    if status.st_mode & wanted != wanted:
+        os.chmod(path, stat.S_IMODE(status.st_mode) | wanted)
 
 
 class FileLock:
@@ -487,7 +510,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _patiently(lambda: _open(path, "append"), OPEN_PATIENCE)
+        # Windows locks no file that was opened for appending only.
+        self._file = _patiently(lambda: _open(path, "write" if WINDOWS else "append"), OPEN_PATIENCE)
 
     @classmethod
     def try_acquire(cls, path: Path) -> FileLock | None:

@@ -89,8 +89,8 @@ def save(
         SaveError: the file could not be written; the old one is untouched and nothing is left behind.
         LastGoodError: it could not be put in place; the complete data stay under the name that the error gives.
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
+    target = disk.real_path(path)
+    if not disk.is_dir(target.parent):
         raise SaveError(f"{target} was not saved: the directory {target.parent} does not exist. Make it first.")
     writer = _safetensors_writer(obj, target) if target.suffix == ".safetensors" else _torch_writer(obj)
 

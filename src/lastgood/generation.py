@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
+import secrets
 import socket
 import sys
 import time
@@ -27,6 +29,8 @@ from lastgood.files import is_temporary, replace_file
 from lastgood.values import Json
 from lastgood.world import World, machine_id
 
+_log = logging.getLogger("lastgood")
+
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 60.0
 """A job on another machine whose counter has stood still for so long is taken for gone."""
@@ -34,6 +38,7 @@ STALE_SECONDS = 60.0
 _RECORD = re.compile(r"(\d{8,})\.json")
 _BASE = re.compile(r"(\d{8,})\.base")
 _KEEP_RECORDS = 16
+_LOOK_SECONDS = 0.3
 _READ_LIMIT = 1 << 20
 
 
@@ -101,8 +106,10 @@ def holder(run: Path, *, patience: float = 3 * BEAT_SECONDS) -> Json | None:
 class Holder:
     """The hold of this process (rank 0 of its job) on a run."""
 
-    def __init__(self, run: Path, number: int, lock: disk.FileLock, group: int | None) -> None:
+    def __init__(self, run: Path, number: int, identity: str, lock: disk.FileLock, group: int | None) -> None:
         self.run = run
+        self._identity = identity
+        self._beat_failed = False
         self.number = number
         self._lock = lock
         self._group = group
@@ -132,7 +139,7 @@ class Holder:
         """
         directory = run / "generations"
         disk.make_dirs(directory)
-        lock = disk.FileLock.try_acquire(run / "lock")
+        lock = _acquire(run)
         taken = generations(run)
         last = taken[-1] if taken else 0
         who = record(run, last) if last else None
@@ -147,7 +154,9 @@ class Holder:
                 lock.release()
                 raise
         number = max(last + 1, at_least)
+        identity = secrets.token_hex(8)
         me = {
+            "identity": identity,
             "host": socket.gethostname(),
             "machine": machine_id(),
             "pid": os.getpid(),
@@ -170,18 +179,19 @@ class Holder:
                 disk.remove(_path(run, number, "json"), missing_ok=True)
             lock.release()
             raise
-        holder = cls(run, number, lock, group)
+        holder = cls(run, number, identity, lock, group)
         if group is not None:
-            disk.give_to_group(directory, group)
+            for path in (directory, run / "lock"):
+                disk.give_to_group(path, group)
         holder.beat()
         holder._tidy(taken)
         return holder
 
-    def advance(self, world: World, invitation: Json) -> None:
+    def advance(self, world: World) -> None:
         """Begin the next generation of the same job: after a roll-back the old branch is history."""
         self.check()
         number = self.number + 1
-        me = {**(record(self.run, self.number) or {}), **invitation, "world_size": world.size}
+        me = {**(record(self.run, self.number) or {}), "identity": self._identity, "world_size": world.size}
         try:
             with disk.NewFile(_path(self.run, number, "json")) as file:
                 file.write(json.dumps(me).encode())
@@ -206,11 +216,25 @@ class Holder:
             )
         if taken[-1] != self.number:
             raise ReplacedError(_replaced(self.run, taken[-1]))
+        who = record(self.run, self.number)
+        if who is not None and who.get("identity") != self._identity:
+            raise ReplacedError(
+                f"{self.run} is another run than the one that this job has taken: that was moved away, and a new one "
+                f"({_holder_name(who)}) has its name. Nothing more is committed or deleted by this job."
+            )
 
     def beat(self) -> None:
         """Show that the job lives."""
         self._beats += 1
-        disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode())
+        try:
+            # Not patiently: the next beat comes soon, and the thread that beats moves the messages too.
+            disk.overwrite(_path(self.run, self.number, "beat"), str(self._beats).encode(), patience=0)
+        except OSError as error:
+            if not self._beat_failed and not disk.is_held(error):
+                _log.warning("the heartbeat of %s could not be written: %s", self.run, error)
+            self._beat_failed = True
+        else:
+            self._beat_failed = False
 
     def release(self) -> None:
         """Give the run back: the next job need not wait."""
@@ -231,11 +255,27 @@ class Holder:
         # The notes of the bases stay, a few bytes each: the branches of old checkpoints hang on them.
         for number in taken[:-_KEEP_RECORDS]:
             for kind in ("beat", "end", "json"):
-                disk.remove(_path(self.run, number, kind), missing_ok=True)
+                _remove(_path(self.run, number, kind))
         directory = self.run / "generations"
         for name in disk.names(directory):
             if is_temporary(name):
-                disk.remove(directory / name, missing_ok=True)
+                _remove(directory / name)
+
+
+def _remove(path: Path) -> None:
+    """Delete what is of no use. Where the system refuses, because a program has it open, the next job tries again."""
+    try:
+        disk.remove(path, missing_ok=True, patience=0)
+    except OSError as error:
+        _log.info("%s could not be deleted yet: %s", path, error)
+
+
+def _acquire(run: Path) -> disk.FileLock | None:
+    """The lock of a run, or None where another job holds it. A command that looks has it for a moment only."""
+    end = time.monotonic() + _LOOK_SECONDS
+    while (lock := disk.FileLock.try_acquire(run / "lock")) is None and time.monotonic() < end:
+        time.sleep(0.02)
+    return lock
 
 
 def _write(file: object, data: bytes) -> None:

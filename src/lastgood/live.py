@@ -91,6 +91,8 @@ def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any
         taken: what was changed so far: an object that is in two places now, but was saved as two, takes one of them.
     """
     if value is saved:
+        if isinstance(value, torch.Tensor) and _address(value) is not None:
+            taken.add(memory_key(value))
         return value
     if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
         key = memory_key(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lastgood.disk import PAGE
 from lastgood.dtypes import DTYPE_NAMES
@@ -88,23 +88,33 @@ class Layout:
     size: int
     """Bytes of the host buffer."""
     writers: tuple[int, ...]
+    frozen: list[Piece] = field(default_factory=list)
+    """On rank 0: what goes to a file of its own, since it does not change from save to save."""
+    still: frozenset[str] = frozenset()
+    """Names of the tensors in that file: no other rank writes them."""
 
     def pieces(self) -> list[Piece]:
         """All that is copied, each once."""
         unlisted = self.compare if self.rank != 0 else []
-        return [piece for group in (self.share, self.own, unlisted, *self.others.values()) for piece in group]
+        return [
+            piece for group in (self.frozen, self.share, self.own, unlisted, *self.others.values()) for piece in group
+        ]
 
 
-def lay_out(tensors: Mapping[str, LocalTensor], rank: int, writers: Sequence[int]) -> Layout:
-    """The layout of rank `rank`, when the replicated tensors are written by `writers`."""
-    shares = share_out(tensors, writers)
-    share, own, compare = list(shares.get(rank, ())), [], []
+def lay_out(
+    tensors: Mapping[str, LocalTensor], rank: int, writers: Sequence[int], still: frozenset[str] = frozenset()
+) -> Layout:
+    """The layout of rank `rank`, when the replicated tensors are written by `writers`, but for those in `still`."""
+    shares = share_out({name: t for name, t in tensors.items() if name not in still}, writers)
+    share, own, compare, frozen = list(shares.get(rank, ())), [], [], []
     for name, tensor in tensors.items():
         box = Box(name, tensor.offsets, tuple(tensor.tensor.shape))
         placement = tensor.placement
-        if placement is Placement.REPLICATED or (placement is Placement.SHARDED and not tensor.writes):
+        if rank == 0 and name in still:
+            frozen.append(box)
+        elif placement is Placement.REPLICATED or (placement is Placement.SHARDED and not tensor.writes):
             continue
-        if rank == 0:
+        elif rank == 0:
             share.append(box)
         elif placement is Placement.UNKNOWN:
             compare.append(box)
@@ -126,11 +136,12 @@ def lay_out(tensors: Mapping[str, LocalTensor], rank: int, writers: Sequence[int
             at += math.prod(box.shape) * _width(tensor)
         return pieces
 
-    placed, mine, maybe = place(share), place(own), place(compare)
+    # What is frozen comes first: it keeps its place in memory when something else changes.
+    kept, placed, mine, maybe = place(frozen), place(share), place(own), place(compare)
     others = {writer: place(shares[writer]) for writer in writers if writer != 0} if rank == 0 else {}
     if rank == 0:
-        maybe = [piece for piece in placed if tensors[piece.name].placement is Placement.UNKNOWN]
-    return Layout(rank, placed, mine, maybe, others, at, tuple(writers))
+        maybe = [piece for piece in [*kept, *placed] if tensors[piece.name].placement is Placement.UNKNOWN]
+    return Layout(rank, placed, mine, maybe, others, at, tuple(writers), kept, still)
 
 
 def _width(tensor: LocalTensor) -> int:

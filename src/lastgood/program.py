@@ -8,6 +8,7 @@ import logging
 import math
 import platform
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lastgood.values import Json
 
 _log = logging.getLogger("lastgood")
 EVENTS = "events.jsonl"
+_LATE_LINES = 1000
 
 
 def lastgood_version() -> str:
@@ -79,17 +81,27 @@ def _head(git: Path) -> str | None:
 class Events:
     """The event log of a run: one JSON object a line, written by rank 0 of the job that holds it."""
 
-    def __init__(self, run: Path, generation: int) -> None:
+    def __init__(self, run: Path, generation: int, group: int | None = None) -> None:
         self._path = run / EVENTS
+        self._group = group
         self.generation = generation
+        self._lock = threading.Lock()  # The mirror's thread writes events too.
+        self._late: list[str] = []
+        """Lines that the disk did not take: they go before the next one."""
 
     def write(self, event: str, **fields: Json) -> None:
         """Add a line. The log is for people: when the disk does not take it, training goes on."""
         line = {"time": time.time(), "generation": self.generation, "event": event, **fields}
-        try:
-            disk.append_line(self._path, json.dumps(_finite(line), ensure_ascii=False, allow_nan=False))
-        except OSError as error:
-            _log.warning("%s could not be written: %s", self._path, error)
+        text = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False)
+        with self._lock:
+            self._late = [*self._late[-_LATE_LINES:], text]
+            try:
+                disk.append_line(self._path, "\n".join(self._late))
+                self._late = []
+                if self._group is not None:
+                    disk.give_to_group(self._path, self._group)
+            except OSError as error:
+                _log.warning("%s could not be written: %s. It is tried again with the next event.", self._path, error)
 
     def report(self, event: str, entry: Entry, why: str) -> None:
         """A checkpoint was skipped or deleted."""

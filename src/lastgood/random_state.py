@@ -23,8 +23,8 @@ def capture() -> Json:
     if numpy_in_use():
         import numpy as np
 
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        state["numpy"] = (name, np.asarray(keys).astype("<u4").tobytes(), int(position), int(has_gauss), float(cached))
+        # Not always a Mersenne Twister: numpy.random.set_bit_generator takes others.
+        state["numpy"] = _without_arrays(np.random.get_state(legacy=False))
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [_raw(item) for item in torch.cuda.get_rng_state_all()]
     return encode(state, "random", _no_tensor)
@@ -38,15 +38,13 @@ def apply(saved: Json) -> list[str]:
     numbers = tuple(int.from_bytes(words[i : i + 4], "little") for i in range(0, len(words), 4))
     random.setstate((version, numbers, gauss))
     torch.set_rng_state(_tensor(state["torch"]))
-    np: Any = None
     if "numpy" in state:
         try:
             import numpy as np
-        except ImportError:
-            left.append("numpy had a random state, and it is not installed here")
-    if np is not None:
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, np.frombuffer(keys, dtype="<u4"), position, has_gauss, cached))
+
+            np.random.set_state(_with_arrays(state["numpy"]))
+        except (ImportError, TypeError, ValueError) as error:
+            left.append(f"the random state of numpy ({error})")
     devices = state.get("cuda", [])
     if devices and torch.cuda.is_available():
         here = torch.cuda.device_count()
@@ -74,6 +72,24 @@ def derive(saved: Json, rank: int, world_size: int, step: int) -> int:
 
         np.random.seed(seed)
     return seed
+
+
+def _without_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_arrays(item) for key, item in value.items()}
+    if hasattr(value, "tobytes") and value.shape:
+        return ("array", value.dtype.str, value.tobytes())
+    return value.item() if hasattr(value, "item") else value
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_arrays(item) for key, item in value.items()}
+    if type(value) is tuple:
+        import numpy as np
+
+        return np.frombuffer(value[2], dtype=value[1]).astype(np.dtype(value[1]).newbyteorder("="))
+    return value
 
 
 def _raw(state: torch.Tensor) -> bytes:

@@ -6,6 +6,7 @@ read it, all go back to the same older one, which overwrites every tensor. Where
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lastgood import catalog
+from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.coordinate import Channel
 from lastgood.errors import DamagedError, LastGoodError, MismatchError, PeerError
@@ -81,17 +82,20 @@ class Restore:
                 )
 
     def _choose_and_load(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
-        known, newest = self._known(), self._newest()
+        self._check_mirror()
+        newest = self._newest()
         if newest is None:
             if step is not None:
                 raise LastGoodError(f"{self.run} has no checkpoint yet: restore(step={step!r}) has nothing to restore")
             self.channel.post(f"{self.key}/0", {"fresh": True})
             return Restored(None, None, {}, None, False)
         damage: list[str] = []
-        for number, entry in enumerate(self._candidates(step, keep, known, newest)):
+        proposals = itertools.count()
+        for entry in self._candidates(step, keep, newest):
             try:
                 manifest = catalog.check_quick(entry)
-                restored = self._try(entry, manifest, number)
+                # Counted here, not with the candidates: the others never hear of one that fails the quick check.
+                restored = self._try(entry, manifest, next(proposals))
             except DamagedError as error:
                 damage.append(str(error))
                 self.report("skip", entry, str(error))
@@ -105,6 +109,20 @@ class Restore:
             "the damage; to start anew, use another run directory."
         )
 
+    def _check_mirror(self) -> None:
+        """Leave out a mirror that cannot be read, where the run has checkpoints. Raises LastGoodError where not."""
+        try:
+            if self.mirror is not None:
+                disk.names(self.mirror)
+        except OSError as error:
+            if catalog.newest(self.run) is None:
+                raise LastGoodError(
+                    f"{self.run} holds no checkpoint, and the mirror {self.mirror} cannot be read: {error}. It may "
+                    "hold the training's past, so nothing is started anew."
+                ) from error
+            _log.warning("the mirror %s cannot be read (%s): restoring from the run alone", self.mirror, error)
+            self.mirror = None
+
     def _known(self) -> list[Entry]:
         """Committed checkpoints here and in the mirror, from old to new; of both places, the run's first."""
         here = catalog.committed(self.run)
@@ -116,23 +134,31 @@ class Restore:
         places = [self.run] + ([self.mirror] if self.mirror is not None else [])
         return max((entry for run in places if (entry := catalog.newest(run)) is not None), default=None)
 
-    def _candidates(
-        self, step: int | Literal["best"] | None, keep: Keep, known: list[Entry], newest: Entry
-    ) -> Iterator[Entry]:
+    def _candidates(self, step: int | Literal["best"] | None, keep: Keep, newest: Entry) -> Iterator[Entry]:
+        if step is None:
+            # The newest is nearly always good: all the others, maybe thousands, are looked at only where it is not.
+            yield from self._places(newest)
+        known = self._known()
         branch = list(catalog.lineage(newest, known, self.mirror))
-        if step == "best":
+        if step is None:
+            branch = branch[1:]
+        elif step == "best":
             branch = self._by_metric(branch, keep)
-        elif step is not None:
+        else:
             branch = [e for e in branch if e.step == step] or [e for e in reversed(known) if e.step == step][:1]
             if not branch:
                 steps = ", ".join(str(entry.step) for entry in known)
                 raise LastGoodError(f"{self.run} has no checkpoint of step {step}; there are {steps}")
         for entry in branch:
-            yield entry
-            if self.mirror is not None and entry.run != self.mirror:
-                copy = Entry(entry.generation, entry.step, entry.attempt, entry.name, self.mirror)
-                if copy.is_committed():
-                    yield copy
+            yield from self._places(entry)
+
+    def _places(self, entry: Entry) -> Iterator[Entry]:
+        """A checkpoint, and its copy in the mirror."""
+        yield entry
+        if self.mirror is not None and entry.run != self.mirror:
+            copy = Entry(entry.generation, entry.step, entry.attempt, entry.name, self.mirror)
+            if copy.is_committed():
+                yield copy
 
     def _by_metric(self, branch: list[Entry], keep: Keep) -> list[Entry]:
         if keep.metric is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,14 @@ from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.errors import DamagedError, LastGoodError
 from lastgood.generation import Holder
+from lastgood.manifest import checksum
+from lastgood.shard import FROZEN
 
+_READ_AGAIN = 16
+"""A file that several checkpoints share is read back in full at every so many verifications."""
 _log = logging.getLogger("lastgood")
+_PATIENCE = 1.0
+"""Seconds to wait for a program that has open what is to be deleted: it is tried again after every save."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +76,10 @@ class Known:
     entry: Entry
     metrics: Mapping[str, float]
     bytes: int
+    content: str = ""
+    """What is in its file that other checkpoints may share; empty where it has none."""
+    copy: tuple[int, int] | None = None
+    """The identity of that file: links have the same."""
 
 
 def known_of(entry: Entry) -> Known:
@@ -82,7 +92,33 @@ def known_of(entry: Entry) -> Known:
     except DamagedError as error:
         _log.warning("%s", error)
         return Known(entry, {}, 0)
-    return Known(entry, manifest.metrics, manifest.tensor_bytes)
+    known = Known(entry, manifest.metrics, manifest.tensor_bytes)
+    numbers = [number for number, record in enumerate(manifest.shards) if record.file == FROZEN]
+    if numbers:
+        parts = [f"{n} {c.checksum}" for n, t in manifest.tensors.items() for c in t.chunks if c.shard == numbers[0]]
+        try:
+            copy = disk.identity(entry.path / FROZEN)
+        except OSError:
+            return known  # Gone or unreadable: it is no copy of anything.
+        return replace(known, content=checksum("\n".join(sorted(parts)).encode()), copy=copy)
+    return known
+
+
+def spare(known: Sequence[Known], doomed: Sequence[Known]) -> list[Known]:
+    """What may be deleted of `doomed`, so that no two that stay depend on one physical copy of the same bytes.
+
+    Where they would, the newest of `doomed` with another copy stays too, until a newer checkpoint has one.
+    """
+    doomed = list(doomed)
+    staying = [k for k in known if k not in doomed]
+    for content in {k.content for k in staying if k.content}:
+        sharing = [k for k in staying if k.content == content]
+        if len(sharing) < 2 or len({k.copy for k in sharing}) > 1:
+            continue
+        others = [k for k in doomed if k.content == content and k.copy != sharing[0].copy]
+        if others:
+            doomed.remove(max(others, key=lambda k: k.entry))
+    return doomed
 
 
 def best_first(known: Sequence[Known], keep: Keep) -> list[Known]:
@@ -133,6 +169,8 @@ class Retention:
         self._known: dict[str, Known] = {}
         self._unfinished: list[Entry] = []
         """Checkpoints whose manifest is deleted, and whose data could not be."""
+        self._read: dict[tuple[int, int], int] = {}
+        """Files that several checkpoints may share: how many were verified since it was read back."""
         self.verified: str | None = None
         """The newest checkpoint that was read back, or that this life was restored from."""
 
@@ -155,15 +193,24 @@ class Retention:
         Raises:
             DamagedError: the newest checkpoint reads back damaged. Nothing was deleted.
         """
-        self._finish()
+        self.finish()
         known = self.known()
         branch = [entry.name for entry in catalog.lineage(newest, [k.entry for k in known])]
-        doomed = choose(known, branch, self._keep)
+        doomed = spare(known, choose(known, branch, self._keep))
         if not doomed:
             return []
-        catalog.check_full(newest)
+        self._read_back(newest)
         self.verified = newest.name
         return self._delete(doomed, "the retention policy")
+
+    def _read_back(self, newest: Entry) -> None:
+        """Verify every byte of a checkpoint, but for a linked file that was read back lately under another name."""
+        copy = next((k.copy for k in self.known() if k.entry == newest), None)
+        self._read = {key: saves + 1 for key, saves in self._read.items() if saves < _READ_AGAIN}
+        lately = copy is not None and copy in self._read
+        catalog.check_full(newest, trusted=(FROZEN,) if lately else ())
+        if copy is not None and not lately:
+            self._read[copy] = 0
 
     def make_room(self, needed: int, free: Callable[[], int]) -> list[str]:
         """Delete old checkpoints until `needed` bytes are free; the last good one and its predecessor stay.
@@ -179,11 +226,11 @@ class Retention:
         for k in known:
             if free() >= needed:
                 break
-            if k.entry.name not in safe and k.entry < good:
+            if k.entry.name not in safe and k.entry < good and spare(self.known(), [k]):
                 gone += self._delete([k], "the disk has too little space for the next save")
         return gone
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Try again to give back the space of what is no checkpoint any more."""
         left, self._unfinished = self._unfinished, []
         for entry in left:
@@ -191,7 +238,7 @@ class Retention:
                 continue
             self._holder.check()
             try:
-                catalog.delete(entry)
+                catalog.delete(entry, patience=_PATIENCE)
             except OSError as error:
                 _log.warning("%s could not be deleted yet: %s", entry.path, error)
                 self._unfinished.append(entry)
@@ -201,7 +248,7 @@ class Retention:
         for k in doomed:
             self._holder.check()
             try:
-                catalog.delete(k.entry)
+                catalog.delete(k.entry, patience=_PATIENCE)
             except OSError as error:
                 # Another program has it open (Windows), or the disk refuses. It is tried again after the next save.
                 _log.warning("%s could not be deleted yet: %s", k.entry.path, error)

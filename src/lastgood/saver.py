@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lastgood import catalog, commit, disk
+from lastgood import catalog, commit, disk, member, part
 from lastgood.errors import DamagedError, LastGoodError, PeerError, ReplacedError, SaveError
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes
@@ -46,14 +46,14 @@ class Saver:
         self.buffer_free = threading.Event()
         """Set while no save reads the host buffer."""
         self.buffer_free.set()
-        self._events = Events(run, session.generation)
+        self._events = Events(run, session.generation, group)
         self._scalars = None
         self._copier: Copier | None = None
         self.root: commit.Root | None = None
         self._writers = tuple(writers)
         holder = session.holder
         if holder is None:
-            self._member = commit.Member(run, world, session.channel)
+            self._member = member.Member(run, world, session.channel)
             return
         self.root = commit.Root(run, world, session.channel, holder, writers, group)
         self.retention = Retention(run, keep, holder, self.report)
@@ -73,6 +73,11 @@ class Saver:
         announced = self._session.channel.peek("writers", 0)
         return self._writers if announced is None else tuple(announced)
 
+    @property
+    def announced_frozen(self) -> list[str] | None:
+        """On the other ranks: the tensors that rank 0 took for frozen at its last save, as far as is known."""
+        return None if self.root is not None else self._session.channel.peek("frozen", 0)
+
     def event(self, event: str, **fields: Json) -> None:
         """Rank 0: add a line to the event log, under the present generation."""
         self._events.generation = self._session.generation
@@ -90,7 +95,7 @@ class Saver:
                 return False
             self.root.skip(step, tries)
             return True
-        key = commit.message_prefix(self._session.generation, step, tries) + "call"
+        key = part.message_prefix(self._session.generation, step, tries) + "call"
         end = time.monotonic() + deadline
         while not self.buffer_free.wait(0.005) and time.monotonic() < end:
             if "skipped" in (self._session.channel.peek(key, 0) or {}):
@@ -107,12 +112,16 @@ class Saver:
         """Clean up and bring the mirror up to date, for at most `seconds`."""
         if self.root is not None:
             self.root.clear()
+            try:
+                self.retention.finish()
+            except LastGoodError as error:
+                _log.warning("%s", error)
         if self._copier is not None and not self._copier.close(seconds):
             _log.warning("the mirror is not up to date; the next job catches it up")
         if self._scalars is not None:
             self._scalars.close()
 
-    def start(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> threading.Thread:
+    def start(self, request: part.Request, handle: SaveHandle, before: threading.Thread | None) -> threading.Thread:
         """Write in the background, after the save `before`."""
         # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
         thread = threading.Thread(target=self.write, args=(request, handle, before), name="lastgood-save")
@@ -127,14 +136,14 @@ class Saver:
             raise
         return thread
 
-    def write(self, request: commit.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
+    def write(self, request: part.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
         """The background part of a save."""
         if before is not None:
             before.join()  # The one before may still be deleting.
         began = time.monotonic()
         try:
             done = self.root.save(request, self._make_room) if self.root else self._follow(request)
-        except commit.SkippedError as decision:
+        except part.SkippedError as decision:
             _log.info("%s", decision)
             self.buffer_free.set()
             handle._decide("skipped", None, None)
@@ -155,7 +164,7 @@ class Saver:
         if self.root:
             self._after(request, handle, done, time.monotonic() - began)
 
-    def _follow(self, request: commit.Request) -> commit.Committed:
+    def _follow(self, request: part.Request) -> part.Committed:
         try:
             return self._member.save(request, self._session.generation)
         except PeerError as error:
@@ -165,7 +174,7 @@ class Saver:
             if entry is not None and entry.is_committed():
                 manifest = catalog.read_manifest(entry)
                 if manifest.attempt == self._member.attempt:
-                    return commit.Committed(entry.path, manifest.tensor_bytes)
+                    return part.Committed(entry.path, manifest.tensor_bytes)
             raise PeerError(f"nobody can say whether step {request.step} was saved: {error}") from error
 
     def _make_room(self, needed: int) -> None:
@@ -180,17 +189,20 @@ class Saver:
                 "written, and the last good checkpoint stays. Free some space, or keep fewer checkpoints (Keep)."
             )
 
-    def _after(self, request: commit.Request, handle: SaveHandle, done: commit.Committed, seconds: float) -> None:
+    def _after(self, request: part.Request, handle: SaveHandle, done: part.Committed, seconds: float) -> None:
         """Rank 0, after a commit: say so, copy, clean up."""
         deleted: list[str] = []
         try:
             entry = catalog.entry_of(self._run, done.path.name)
             assert entry is not None
-            self.retention.learn(entry, request.metrics, done.bytes)
+            if not done.frozen:
+                self.retention.learn(entry, request.metrics, done.bytes)
             deleted = self.retention.apply(entry)
         except ReplacedError as error:
             _log.error("%s", error)
         except (LastGoodError, OSError) as error:
+            if self.root is not None:
+                self.root.frozen.forget()  # It may be a file that was linked on.
             kind = "reads back damaged" if isinstance(error, DamagedError) else "retention failed"
             _log.error("step %d: %s: %s. Nothing was deleted.", request.step, kind, error)
             self.event("retention-failed", step=request.step, why=str(error))

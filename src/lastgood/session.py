@@ -15,6 +15,7 @@ from typing import Any
 from lastgood import catalog, disk, generation
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, PeerError
+from lastgood.files import temporary_name
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
@@ -94,23 +95,25 @@ class Session:
         lowest = max((entry.generation for entry in here), default=0) + 1
         if self._mirror is None:
             return lowest
-        there = catalog.entries(self._mirror)
-        notes = generation.highest_note(self._mirror)
-        if not any(entry.is_committed() for entry in here) and not disk.exists(self._mirror):
-            try:
-                disk.make_dirs(self._mirror)
-            except OSError as error:
-                raise LastGoodError(
-                    f"{self._run} holds no checkpoint, and the mirror {self._mirror} cannot be reached ({error}). It "
-                    "may hold the training's past, so nothing is started anew: bring the mirror back, or leave out "
-                    "mirror= for a new run."
-                ) from error
+        try:
+            disk.make_dirs(self._mirror)
+            there = catalog.entries(self._mirror)
+            notes = generation.highest_note(self._mirror)
+        except OSError as error:
+            if any(entry.is_committed() for entry in here):
+                _log.warning("the mirror %s cannot be reached: %s", self._mirror, error)
+                return lowest
+            raise LastGoodError(
+                f"{self._run} holds no checkpoint, and the mirror {self._mirror} cannot be reached ({error}). It may "
+                "hold the training's past, so nothing is started anew: bring the mirror back, or leave out mirror= for "
+                "a new run."
+            ) from error
         return max([lowest, notes + 1, *(entry.generation + 1 for entry in there)])
 
     def advance(self) -> None:
         """Begin the next generation: after a roll-back."""
         assert self.holder is not None
-        self.holder.advance(self._world, {})
+        self.holder.advance(self._world)
         self.generation = _joined[self._run, self._world.rank] = self.holder.number
 
     def clear_left_overs(self, events: Events) -> None:
@@ -170,15 +173,14 @@ class Session:
 
 def make_run(run: Path, group: int | None) -> None:
     """Make the run directory where it does not exist. Raises LastGoodError where that cannot be."""
-    if disk.exists(run) and not run.is_dir():
+    if disk.exists(run) and not disk.is_dir(run):
         raise LastGoodError(f"{run} is a file: a run is a directory. Move the file away or choose another name.")
     try:
         disk.make_dirs(run)
         disk.sync_names(run)
         if group is not None:
             disk.give_to_group(run, group)
-        probe = run / ".lastgood-write-test"
-        disk.remove(probe, missing_ok=True)
+        probe = temporary_name(run / "write-test")
         with disk.NewFile(probe):
             pass
         disk.remove(probe)

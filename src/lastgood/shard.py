@@ -21,6 +21,8 @@ from lastgood.disk import PAGE
 from lastgood.errors import DamagedError
 from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum, compact
 
+FROZEN = "00000-frozen.safetensors"
+"""Name of the data file of what does not change from save to save: the only one that checkpoints may share."""
 _BLOCK = 8 << 20
 # Bytes that are read or written at a time.
 

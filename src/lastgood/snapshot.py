@@ -17,8 +17,9 @@ import torch
 from lastgood.disk import PAGE
 from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
+from lastgood.manifest import checksum
 from lastgood.plan import Layout, lay_out
-from lastgood.shard import Piece
+from lastgood.shard import Piece, piece_checksum
 from lastgood.state import LocalTensor, Placement
 from lastgood.steady import OVERLAP_BYTES
 
@@ -37,9 +38,11 @@ class _Late:
     source: torch.Tensor
     version: int
     sample: bytes
+    kept: str | None = None
+    """Checksum of what the buffer holds already, when it should be the same."""
 
     def changed(self) -> bool:
-        return self.source._version != self.version or _sample(self.source) != self.sample
+        return self.source._version != self.version or sample(self.source) != self.sample
 
 
 class Snapshot:
@@ -52,7 +55,7 @@ class Snapshot:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._plans: dict[tuple[int, ...], tuple[Layout, list[tuple[Piece, torch.Tensor, int]]]] = {}
+        self._plans: dict[object, tuple[Layout, list[tuple[Piece, torch.Tensor, int]]]] = {}
         self._key: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
@@ -65,6 +68,8 @@ class Snapshot:
         self._news = threading.Condition()
         self._filled = 0
         self._failure: str | None = None
+        self._kept: dict[str, tuple[int, str]] = {}
+        """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[torch.cuda.Event] = []
         self._queued: list[tuple[str, torch.Tensor, int]] = []
@@ -75,7 +80,14 @@ class Snapshot:
         """Bytes of host memory that are held."""
         return self._storage.numel()
 
-    def take(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int], steady: frozenset[int]) -> None:
+    def take(
+        self,
+        tensors: Mapping[str, LocalTensor],
+        writers: Sequence[int],
+        steady: frozenset[int],
+        still: frozenset[str] = frozenset(),
+        unchanged: frozenset[str] = frozenset(),
+    ) -> None:
         """Begin to copy the state. When it returns, training may change every tensor that is not in `steady`.
 
         The caller makes sure that nobody reads the buffer any more, and that :meth:`wait` is called before a steady
@@ -85,11 +97,19 @@ class Snapshot:
             tensors: the state.
             writers: the ranks that share the writing.
             steady: addresses of tensors that change in optimizer steps only.
+            still: names of the tensors that are frozen, and go to a file of their own.
+            unchanged: those of them that seem to be what they were at the last save.
         """
         self.wait()
         self._events = []
-        self._prepare(tensors, writers)
+        self._prepare(tensors, writers, still)
         self._failure = None
+        before = self._kept if self.overlap else {}
+        self._kept = {
+            piece.name: before[piece.name]
+            for piece in self.layout.frozen
+            if piece.name in unchanged and before.get(piece.name, (-1,))[0] == piece.at
+        }
         late: list[_Late] = []
         with torch.no_grad():
             queue: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -106,11 +126,12 @@ class Snapshot:
                 elif (
                     size >= OVERLAP_BYTES
                     and self.overlap
-                    and source.untyped_storage().data_ptr() in steady
+                    and (piece.name in unchanged or source.untyped_storage().data_ptr() in steady)
                     and source.is_contiguous()
                 ):
                     source = source.detach()  # It keeps this memory alive whatever becomes of the tensor.
-                    late.append(_Late(piece, source, source._version, _sample(source)))
+                    kept = self._kept[piece.name][1] if piece.name in self._kept else None
+                    late.append(_Late(piece, source, source._version, sample(source), kept))
                 else:
                     now[0].append(target)
                     now[1].append(source)
@@ -156,6 +177,21 @@ class Snapshot:
             if self._failure is not None:
                 raise SaveError(self._failure)
 
+    def keep(self, pieces: Sequence[Piece], checksums: Sequence[str]) -> None:
+        """Note the checksums of what the buffer holds of frozen tensors: at the next save it need not be copied."""
+        if pieces is self.layout.frozen:
+            self._kept = {piece.name: (piece.at, digest) for piece, digest in zip(pieces, checksums, strict=True)}
+
+    def forget(self) -> None:
+        """Copy everything at the next save: the state was replaced."""
+        self._kept = {}
+
+    def checksum_of(self, piece: Piece) -> str:
+        """The checksum of a frozen piece, which was compared with its tensor when it was not copied."""
+        self.await_bytes(piece.at + piece.size)
+        known = self._kept.get(piece.name)
+        return known[1] if known is not None else piece_checksum(piece, self)
+
     def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
         """Whether the state that was copied last is the present one, bit for bit."""
         try:
@@ -177,6 +213,11 @@ class Snapshot:
             for item, following in zip(late, [*late[1:], None], strict=True):
                 size, at = item.piece.size, item.piece.at
                 base, source = self._buffer.data_ptr() + at, item.source.data_ptr()
+                if item.kept is not None:
+                    # The buffer holds these bytes since the last save: looking is cheaper than copying.
+                    if checksum(memory(source, size)) != item.kept:
+                        return self._fail(item.piece.name)
+                    size = 0
                 for offset in range(0, size, _STRIDE):
                     part = min(_STRIDE, size - offset)
                     # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
@@ -243,17 +284,18 @@ class Snapshot:
                 event.record(stream)
             self._events.append(event)
 
-    def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> None:
+    def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int], still: frozenset[str]) -> None:
         structure = _structure(tensors)
         if structure != self._key:
             self._plans.clear()
             self._key = structure
-        key = tuple(writers)
+        key = tuple(writers), still
         if key not in self._plans:
-            layout = lay_out(tensors, self._rank, writers)
+            layout = lay_out(tensors, self._rank, writers, still)
             if layout.size > self.size - PAGE or self.size > 2 * layout.size + (1 << 20):
                 # The old buffer goes first: two at once would be twice the memory that is promised.
                 self._plans.clear()
+                self._kept = {}
                 self._parts, self._buffer, self.view = [], torch.empty(0), memoryview(b"")
                 self._storage = torch.empty(0)
                 pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
@@ -269,12 +311,16 @@ class Snapshot:
         self.layout, self._filled = layout, layout.size
         start = -self._storage.data_ptr() % PAGE
         self._buffer = self._storage[start : start + layout.size]
-        array = (ctypes.c_char * layout.size).from_address(self._buffer.data_ptr())
-        self.view = memoryview(array).cast("B")
+        self.view = memory(self._buffer.data_ptr(), layout.size)
 
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
         return raw.view(DTYPES[piece.dtype]).view(piece.shape)
+
+
+def memory(address: int, size: int) -> memoryview:
+    """A view of memory that somebody else keeps alive."""
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 def _structure(tensors: Mapping[str, LocalTensor]) -> object:
@@ -294,7 +340,7 @@ def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
     return part.narrow(0, piece.offsets[0], piece.shape[0])
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
+def sample(tensor: torch.Tensor) -> bytes:
     """A few words of the memory of a tensor, spread over it."""
     size = tensor.numel() * tensor.element_size()
     base, step = tensor.data_ptr(), max(8, (size - 8) // (_SAMPLES - 1) // 8 * 8)

@@ -64,6 +64,17 @@ class Steady:
             self._steps[optimizer] = 0
         return frozenset(found)
 
+    def held(self) -> frozenset[int]:
+        """Addresses of the storages that any registered optimizer changes, whether it was seen to step or not."""
+        found: set[int] = set()
+        for optimizer in list(self._steps):
+            trained = (p for group in optimizer.param_groups for p in group["params"])
+            found.update(_storages(p for p in trained if p.requires_grad or p in optimizer.state))
+            for state in optimizer.state.values():
+                if isinstance(state, dict):
+                    found.update(_storages(item for item in state.values() if isinstance(item, torch.Tensor)))
+        return frozenset(found)
+
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         self._wait()

@@ -90,5 +90,8 @@ def is_asked(run: Path) -> bool:
 def withdraw(run: Path) -> bool:
     """Remove the stop file. Returns whether there was one."""
     there = is_asked(run)
-    disk.remove(run / STOP_FILE, missing_ok=True)
+    try:
+        disk.remove(run / STOP_FILE, missing_ok=True)
+    except OSError as error:
+        _log.warning("the stop file could not be removed: %s. Delete it, or the next job stops at once.", error)
     return there

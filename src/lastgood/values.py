@@ -241,4 +241,4 @@ def tensor_names(tree: Json, depth: int = 0) -> Iterable[str]:
 
 def numpy_in_use() -> bool:
     """Whether the program itself uses numpy: it is never imported only to ask for its random state."""
-    return "numpy" in sys.modules
+    return sys.modules.get("numpy") is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -82,4 +83,7 @@ def machine_id() -> str:
     try:
         return disk.read_bytes(Path("/proc/sys/kernel/random/boot_id"), limit=100).decode().strip()
     except OSError:
+        with contextlib.suppress(OSError):
+            # Not the network card's number alone: Python makes one up, for each process anew, where it finds none.
+            return f"{socket.gethostname()}-{disk.machine_guid()}"
         return f"{socket.gethostname()}-{uuid.getnode():x}"

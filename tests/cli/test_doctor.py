@@ -75,8 +75,11 @@ def test_no_hard_links_is_a_note(call: Call, tmp_path: Path) -> None:
     assert result.exit_code == 0 and levels(result)["hard links"] == "note"
 
 
-def test_locks_that_exclude_nobody_are_found(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_other_process", lambda path: "free")
+@pytest.mark.parametrize("answer", ["free", "held"])
+def test_locks_that_exclude_nobody_or_are_never_dropped_are_found(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr(probes, "_other_process", lambda path: answer)
     result = call("doctor", tmp_path, "--megabytes", 1, "--json")
     assert result.exit_code == 1 and levels(result)["locks"] == "broken"
 

@@ -1,6 +1,7 @@
 """The fault campaigns from the command line.
 
     python -m tests.faults crash --ranks 1,2      kill at every disk operation
+    python -m tests.faults ddp                    a DDP job killed and resumed
     python -m tests.faults states                 every state of the disk after a power cut, and every fsync left out
     python -m tests.faults failing                full and failing disks
     python -m tests.faults power                  power cuts on real file systems
@@ -15,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, failing, power, powerloss
+from tests.faults import crash, ddp, failing, power, powerloss
 from tests.faults.report import Result, record
 
 
@@ -50,8 +51,13 @@ def _power(options: argparse.Namespace) -> Result:
     return power.run(cuts=options.cuts or (200 if options.full else 5), systems=options.systems or power.SYSTEMS)
 
 
+def _ddp(options: argparse.Namespace) -> Result:
+    return ddp.run_campaign(60 if options.full else 12)
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
+    "ddp": _ddp,
     "states": _states,
     "failing": _failing,
     "power": _power,
@@ -83,7 +89,8 @@ def main(arguments: list[str]) -> int:
             print("FAILED", problem)
         print(result.text(), flush=True)
         if options.record:
-            record(name, result, " ".join(["python -m tests.faults", *arguments]))
+            wanted = [argument for argument in arguments if argument != "--record"]
+            record(" ".join([name, *wanted[1:]]), result, " ".join(["python -m tests.faults", *wanted]))
     return 1 if bad else 0
 
 

@@ -32,6 +32,8 @@ UNTIL = {"new": 2, "old": 6}
 """The step after which the killed life would end."""
 END = 7
 """The step at which the final bits are compared."""
+LINKED = 2
+"""So many steps more, where files are shared by hard link: that begins with the third save of a life."""
 KEPT = 2
 _STEP = re.compile(r"step-(\d+)(?:\.g(\d+)(?:\.(\d+))?)?")
 _UNCOUNTED = ("read", "overwrite")
@@ -146,6 +148,11 @@ class Campaign:
     expected: dict[int, dict[int, str]] = field(default_factory=dict)
     """By rank and step, the digest of a run that was never killed."""
 
+    @property
+    def until(self) -> int:
+        """The step after which the killed life would end."""
+        return UNTIL[self.scenario] + (LINKED if self.kind == "frozen" else 0)
+
     def prepare(self) -> None:
         self.directory.mkdir()
         self.expected = {rank: jobs.reference(self.kind, rank, END) for rank in range(self.world)}
@@ -156,7 +163,7 @@ class Campaign:
         """Every point of every victim, from a life that is not killed."""
         place = self._place("count")
         killers = {rank: Killer() for rank in range(self.world)}
-        ranks = start(place / "run", place / "first", self.world, self.kind, UNTIL[self.scenario], killers)
+        ranks = start(place / "run", place / "first", self.world, self.kind, self.until, killers)
         codes = ranks.wait()
         assert set(codes.values()) == {0}, f"the life that counts the operations failed: {codes}\n{ranks.log()}"
         for victim in victims:
@@ -189,7 +196,7 @@ class Campaign:
     def _judge(self, point: Point, place: Path) -> str | None:
         run = place / "run"
         killers = {point.victim: Killer(point.number, point.moment)}
-        first = start(run, place / "first", self.world, self.kind, UNTIL[self.scenario], killers)
+        first = start(run, place / "first", self.world, self.kind, self.until, killers)
 
         def after_death(rank: int) -> None:
             # A rank that is still looking for a rank 0 that will never come is ended, as a launcher would.
@@ -271,7 +278,7 @@ def run(
 ) -> Result:
     """Every point of every combination."""
     jobs.limit_threads()
-    result = Result("Killed at every disk operation")
+    result = Result(f"Killed at every disk operation, {' and '.join(map(str, worlds))} rank(s)")
     with result.timed(), scratch() as directory:
         for number, (world, kind, scenario) in enumerate(itertools.product(worlds, kinds, scenarios)):
             if world == 1 and kind == "differing":

@@ -17,9 +17,10 @@ from torch import nn
 import lastgood
 from lastgood import Checkpointer, Keep
 
-Kind = Literal["replicated", "own", "differing"]
-"""What the ranks hold beside replicated weights: nothing; declared state of their own; undeclared differences."""
-KINDS: tuple[Kind, ...] = ("replicated", "own", "differing")
+Kind = Literal["replicated", "own", "differing", "frozen"]
+"""What the ranks hold beside replicated weights: nothing; declared state of their own; undeclared differences; weights
+that never change, which checkpoints share by hard link."""
+KINDS: tuple[Kind, ...] = ("replicated", "own", "differing", "frozen")
 FAST_SECONDS = 60.0
 """For every wait that a healthy job ends by itself. It is reached only when something hangs."""
 
@@ -51,6 +52,10 @@ class Job:
             options["local"] = ["noise"]
         elif kind == "differing":
             objects["sampler"] = {"position": 1000 * rank, "weights": torch.full((8,), float(rank))}
+        elif kind == "frozen":
+            # As large as what is held to be worth a file of its own.
+            objects["base"] = {"weight": torch.arange(1.0, 65537.0)}
+            options["replicated"].append("base.*")
         torch.manual_seed(100 + rank)
         random.seed(200 + rank)
         return cls(objects, options)

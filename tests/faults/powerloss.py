@@ -252,7 +252,7 @@ def missed(history: Sequence[Event], directory: Path) -> Iterator[tuple[str, str
         shorter = without(history, site)
         outcome = walk(shorter, directory, lives=0, stop_early=True)
         if not outcome.problems:
-            outcome = walk(shorter, directory, lives=1, stop_early=True)
+            outcome = walk(shorter, directory, lives=40, stop_early=True)
         yield site, outcome.problems[0] if outcome.problems else None
 
 

@@ -46,6 +46,11 @@ def test_a_save_is_given_up_when_what_only_the_dead_rank_had_is_lost(kind: str) 
     assert "0 failed" in campaign("crash", "--ranks", "2", "--scenarios", "new", "--victims", "1", "--kinds", kind)
 
 
+def test_one_rank_that_links_frozen_files_is_killed_at_every_operation() -> None:
+    report = campaign("crash", "--ranks", "1", "--scenarios", "new", "--kinds", "frozen")
+    assert "0 failed" in report
+
+
 def test_a_commit_before_its_data_is_noticed() -> None:
     """The campaign itself: a manifest that is in place before the shards must make it fail."""
     with scratch() as directory:

@@ -214,7 +214,10 @@ TRAIN = """
     import os, signal, sys, torch, lastgood
     import torch.distributed as dist
     run, marker = sys.argv[1:3]
-    dist.init_process_group("gloo")
+    # A store for each life: with the launcher's, gloo finds the addresses of the life before.
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{marker}-store-{life}", rank=rank, world_size=size)
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -270,6 +273,7 @@ def _spawned(rank: int, run: str, address: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_mp_spawn_with_a_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     torch.multiprocessing.spawn(_spawned, (str(tmp_path / "run"), f"file://{tmp_path}/store"), nprocs=2)

@@ -251,6 +251,23 @@ def test_a_rank_that_hung_and_goes_on_is_waited_for_again(tmp_path: Path) -> Non
     assert last.step == 4 and last.ranks[1].random is not None, "the rank took part again"
 
 
+def test_a_late_rank_with_something_of_its_own_is_waited_for_even_when_rank_0_is_in_a_hurry(tmp_path: Path) -> None:
+    def main(rank: Rank) -> list[str]:
+        own = torch.full((3,), float(rank.rank))
+        with rank.checkpointer(own=own, local=["own"]) as ckpt:
+            if rank.rank == 1:
+                rank.await_mark("in a hurry")
+                time.sleep(0.5)
+            handles = []
+            for step in (1, 2):
+                if rank.rank == 0 and step == 2:
+                    rank.mark("in a hurry")
+                handles.append(ckpt.save(step))
+        return [handle.state for handle in handles]
+
+    assert [e.ok() for e in run_ranks(2, main, tmp_path)] == [["committed"] * 2] * 2
+
+
 def test_different_structures_are_refused_by_name(tmp_path: Path) -> None:
     def main(rank: Rank) -> str:
         state = {"a": torch.ones(3), "b": torch.ones(4)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,6 +59,10 @@ class LazyGroup(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Run a command. A LastGoodError, or a refusal of the disk, is one sentence and exit code 1."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A console or pipe of another code page (cp936, cp1252) shows "?" for what it has no sign for.
+                stream.reconfigure(errors="replace")
         try:
             return super().main(args, *rest, **extra)
         except LastGoodError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -122,12 +123,13 @@ def _replace(place: Path) -> Iterator[Finding]:
     def read() -> None:
         while not done.is_set():
             try:
-                if disk.read_bytes(target, limit=1 << 20) not in versions:
-                    torn.append("torn")
+                with contextlib.suppress(PermissionError):  # Windows, in the moment of the replacement.
+                    if disk.read_bytes(target, limit=1 << 20) not in versions:
+                        torn.append("torn")
             except FileNotFoundError:
                 torn.append("missing")
-            except PermissionError:
-                continue  # Windows, in the moment of the replacement.
+            # A reader that never lets go would be a finding of its own: Windows replaces no file that is open.
+            time.sleep(0.005)
 
     reader = threading.Thread(target=read)
     reader.start()

@@ -144,10 +144,10 @@ def _check_file(path: Path) -> Result:
 
 
 def _check_journal(path: Path) -> Iterator[Result]:
-    from lastgood.intercept import journal
+    from lastgood.intercept.journal import verify as verify_journal
 
     with progress(str(path)):
-        findings = journal.verify(path)
+        findings = verify_journal(path)
     for finding in findings:
         damage = [f"{finding.path}: {finding.damage}"] if finding.damage else []
         yield Result(Path(finding.path), "file", damage, note=_("by the journal of `lastgood run`"))

@@ -87,8 +87,9 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Hand signals on to the program: how it ends is its own affair."""
 
     def forward(number: int, frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to the whole group: the program has it already, and we only wait.
-        if number != signal.SIGINT or not sys.stdin.isatty():
+        # A terminal sends Ctrl-C to the whole group: the program has it already, and we only wait. On Windows every
+        # signal comes in that way, and there is no other way to hand one on.
+        if os.name != "nt" and (number != signal.SIGINT or not sys.stdin.isatty()):
             process.send_signal(number)
 
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")

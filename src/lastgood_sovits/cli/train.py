@@ -32,6 +32,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Go on from upstream's G_*.pth and D_*.pth, or epoch=*.ckpt, in this folder.",
 )
 @click.option("--log-every", type=click.IntRange(1), help="Steps between two log lines.")
+@click.option("--deterministic", is_flag=True, help="CUDA: kernels that give the same bits every time; slower.")
 @click.option("--no-dropout", is_flag=True, help="Without dropout: losses are then comparable between any --nproc.")
 @click.option("--upstream-compat", is_flag=True, help="Stage 1: mask padding on the side that upstream masks.")
 def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:

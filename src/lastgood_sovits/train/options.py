@@ -34,6 +34,8 @@ class Options:
     """A folder of upstream's, or a file in it, whose training goes on here."""
     log_every: int | None = None
     """Steps between two log lines."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: a resumed run is then exact on CUDA too, and slower."""
     dropout: bool = True
     """False trains without dropout, so that losses can be compared between numbers of processes."""
     upstream_compat: bool = False

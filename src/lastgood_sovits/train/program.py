@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lastgood_sovits.train.options import Options, Stage
-from lastgood_sovits.train.ranks import Ranks, join
+from lastgood_sovits.train.ranks import Ranks, join, only_deterministic
 from lastgood_sovits.train.stage1 import Stage1
 from lastgood_sovits.train.stage2 import Stage2
 
@@ -18,6 +18,8 @@ def train(stage: Stage, config: Path, options: Options) -> int:
         lastgood.LastGoodError: saving or restoring failed.
         SystemExit: the training was asked to stop; it is saved.
     """
+    if options.deterministic:
+        only_deterministic()
     with join(options.device) as ranks:
         return make(stage, config, ranks, options).run()
 

@@ -93,6 +93,16 @@ def _device(wanted: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def only_deterministic() -> None:
+    """Lets torch choose kernels whose result does not depend on chance. What has none is named in a warning."""
+    # cuBLAS reads it when it starts; the value is from torch's notes on reproducibility.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    # The gradients of this attention are sums in no fixed order, also when deterministic algorithms are asked for.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seeds dropout for one step of one rank.
 

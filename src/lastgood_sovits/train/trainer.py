@@ -266,7 +266,7 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif hasattr(module, "p_dropout"):
-            module.p_dropout = 0.0
+            setattr(module, "p_dropout", 0.0)  # noqa: B010  # a plain number, which a Module's type does not allow
 
 
 def replace(path: Path, write: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lastgood import LastGoodError
+from lastgood import Checkpointer, LastGoodError
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.train import program
 from lastgood_sovits.train.options import Options
@@ -240,9 +240,10 @@ def _child(
     if die is not None:
         done = Trainer._step
 
-        def step(self: Trainer, batch: Any, number: int, *rest: Any) -> None:
-            done(self, batch, number, *rest)
+        def step(self: Trainer, batch: Any, number: int, total: int, ckpt: Checkpointer, *rest: Any) -> None:
+            done(self, batch, number, total, ckpt, *rest)
             if number == die:
+                ckpt.wait()  # what was saved before is on the disk
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Trainer._step = step  # type: ignore[method-assign]

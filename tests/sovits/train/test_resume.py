@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,16 +62,52 @@ def _started(experiment: Experiment, stage: str) -> bool:
     return log.is_file() and "step 1:" in log.read_text()
 
 
+def test_a_stop_file_saves_and_ends_with_75(experiment: Experiment) -> None:
+    asked: list[bool] = []
+
+    def ask() -> bool:
+        if not asked and _started(experiment, "s1"):
+            (experiment.run("s1") / "stop").touch()
+            asked.append(True)
+        return False
+
+    experiment.s1["train"]["epochs"] = 200
+    job = train(experiment, "s1", stop_when=ask, log_every=1)
+    assert job.codes == [75] and "the stop file" in job.output and experiment.steps("s1")
+
+
+def test_a_lost_run_comes_back_from_its_mirror(experiment: Experiment, tmp_path: Path) -> None:
+    experiment.s1["train"]["epochs"] = 1
+    train_whole(experiment, "s1", mirror=tmp_path / "mirror")
+    whole = experiment.tensors("s1", 6)
+    shutil.rmtree(experiment.run("s1"))
+    experiment.s1["train"]["epochs"] = 2
+    job = train_whole(experiment, "s1", mirror=tmp_path / "mirror", save_every=1)
+    assert "restored step 6" in job.output and whole and experiment.steps("s1")[-1] == 12
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_resumes_exactly_too(tmp_path: Path, stage: str) -> None:
+    whole, cut = (make_experiment(tmp_path / name, epochs=1) for name in ("whole", "cut"))
+    for experiment in (whole, cut):
+        experiment.s2["train"]["batch_size"] = 32
+    train_whole(whole, stage, precision="bf16")
+    assert train(cut, stage, die=3, save_every=1, precision="bf16").codes == [-9]
+    train_whole(cut, stage, precision="bf16")
+    last = whole.steps(stage)[-1]
+    assert_equal(cut.tensors(stage, last), whole.tensors(stage, last))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_number_of_processes_goes_on_within_an_epoch(experiment: Experiment, stage: str) -> None:
     experiment.s1["train"]["batch_size"] = experiment.s2["train"]["batch_size"] = 8
-    seen = experiment.root / "seen.txt"
-    note = _Notes(seen)
-    assert -9 in train(experiment, stage, 2, die=3, save_every=3, before=note).codes
-    train_whole(experiment, stage, 1, before=note)
+    before, after = _Notes(experiment.root / "before.txt"), _Notes(experiment.root / "after.txt")
+    assert -9 in train(experiment, stage, 2, die=4, save_every=3, before=before).codes
+    assert experiment.steps(stage) == [3]
+    train_whole(experiment, stage, 1, before=after)
     # Six steps of 16 clips make an epoch of 96; three are done by two processes, what is left by one of 8 clips.
-    names = [line.split("\t") for line in seen.read_text().splitlines()]
-    first = [name for epoch, name in names if epoch == "1"]
+    first = [name for epoch, position, name in before.seen() if position < 48]
+    first += [name for epoch, _, name in after.seen() if epoch == 1]
     assert len(first) == 96 and {first.count(name) for name in set(first)} == {12}
     losses = experiment.losses(stage) if stage == "s2" else None
     assert losses is None or max(losses) == 3 + 6 + 12
@@ -82,6 +119,11 @@ class _Notes:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def seen(self) -> list[tuple[int, int, str]]:
+        """Epoch, position in it and name of each clip."""
+        lines = [line.split("\t") for line in self._path.read_text().splitlines()]
+        return [(int(epoch), int(position), name) for epoch, position, name in lines]
+
     def __call__(self) -> None:
         from lastgood_sovits.train.stage1 import Stage1
         from lastgood_sovits.train.stage2 import Stage2
@@ -90,10 +132,10 @@ class _Notes:
             original = stage.train
 
             def noted(self: object, batch: object, original: object = original) -> object:
-                epoch = self.epochs_done + 1  # type: ignore[attr-defined]
+                place = f"{self.epochs_done + 1}\t{self.sampler.position}"  # type: ignore[attr-defined]
                 names = getattr(batch, "batch", batch).names  # type: ignore[attr-defined]
                 with path.open("a") as file:
-                    file.write("".join(f"{epoch}\t{name}\n" for name in names))
+                    file.write("".join(f"{place}\t{name}\n" for name in names))
                 return original(self, batch)  # type: ignore[operator]
 
             stage.train = noted  # type: ignore[method-assign, assignment]

@@ -33,7 +33,8 @@ tar -C "$stdlib" -c --exclude=__pycache__ --exclude=./lib-dynload --exclude=./si
   tar -x -C "$root/python/Lib"
 
 compile() { x86_64-w64-mingw32-gcc -O2 -s "$@"; }
-compile -municode -o "$root/python/python.exe" "$here/python.c"
+# A large stack: what torch imports late goes deep.
+compile -municode -Wl,--stack,16777216 -o "$root/python/python.exe" "$here/python.c"
 compile -shared -o "$root/python/bcryptprimitives.dll" "$here/bcryptprimitives.c" -ladvapi32
 # python3.dll, which wheels for the stable ABI link to, forwards every name to python311.dll.
 {

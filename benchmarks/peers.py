@@ -1,0 +1,321 @@
+"""Everything that is measured: lastgood, its peers, each in its documented best configuration, and the bare disk.
+
+A contender's ``save`` returns when training may go on, ``before_step`` when the weights may change, and ``finish``
+when it promises nothing more: for those that sync, when the checkpoint would survive a power loss.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import lastgood
+from benchmarks.states import Job
+
+_BLOCK = 16 << 20
+
+
+class Contender:
+    """One way to save a job. `durable`: whether finish() means that the bytes are on the disk."""
+
+    name: ClassVar[str]
+    promises: ClassVar[str]
+    durable: ClassVar[bool] = True
+
+    def __init__(self, job: Job, directory: Path) -> None:
+        self.job, self.directory = job, directory
+        directory.mkdir(parents=True)
+
+    def save(self, step: int) -> None:
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        """Return when the optimizer may change the weights."""
+
+    def finish(self) -> None:
+        """Return when the save is complete."""
+
+    def settle(self) -> None:
+        """Return when nothing goes on in the background any more."""
+
+    def restore(self) -> None:
+        raise NotImplementedError
+
+    def forget(self, step: int) -> None:
+        """Delete the save of `step`, for contenders that keep everything."""
+        path = self.path(step)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step}"
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Lastgood(Contender):
+    name = "lastgood"
+    promises = "fsync, checksums, atomic, verified before the older is deleted"
+
+    def __init__(self, job: Job, directory: Path) -> None:
+        super().__init__(job, directory)
+        self._checkpointer = lastgood.Checkpointer(directory, keep=lastgood.Keep(last=2), **job.objects())
+        self._handle: Any = None
+
+    def save(self, step: int) -> None:
+        self._handle = self._checkpointer.save(step)
+
+    def before_step(self) -> None:
+        self._checkpointer.wait_snapshot()
+
+    def finish(self) -> None:
+        self._handle.result()
+
+    def settle(self) -> None:
+        self._checkpointer._finish_save()
+
+    def restore(self) -> None:
+        self._checkpointer.restore()
+
+    def forget(self, step: int) -> None:
+        """Retention does it."""
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+class Raw(Contender):
+    name = "disk alone"
+    promises = "fsync; O_DIRECT, one file of the same size, nothing else"
+
+    def __init__(self, job: Job, directory: Path) -> None:
+        super().__init__(job, directory)
+        self._size = -(-job.bytes() // 4096) * 4096
+        self._block = memoryview(mmap.mmap(-1, _BLOCK))
+        torch.frombuffer(self._block, dtype=torch.uint8).random_()
+
+    def save(self, step: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            file = os.open(self.path(step), flags | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            file = os.open(self.path(step), flags)
+        try:
+            for at in range(0, self._size, _BLOCK):
+                os.write(file, self._block[: min(_BLOCK, self._size - at)])
+            os.fsync(file)
+        finally:
+            os.close(file)
+        self._last = self.path(step)
+
+    def restore(self) -> None:
+        file = os.open(self._last, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        try:
+            while os.readv(file, [self._block]):
+                continue
+        finally:
+            os.close(file)
+
+
+def _sync(path: Path) -> None:
+    for target in (path, path.parent):
+        descriptor = os.open(target, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+class TorchSave(Contender):
+    name = "torch.save + fsync"
+    promises = "fsync; zip CRC32 that torch.load does not check"
+
+    def save(self, step: int) -> None:
+        torch.save(self.job.state_dict(), self.path(step))
+        _sync(self.path(step))
+        self._last = self.path(step)
+
+    def restore(self) -> None:
+        # With mmap the bytes would only be read when they are copied: the same work in another order.
+        state = torch.load(self._last, weights_only=True, map_location="cpu")
+        self.job.model.load_state_dict(state["model"])
+        self.job.optimizer.load_state_dict(state["optimizer"])
+
+
+class Safetensors(Contender):
+    name = "safetensors + fsync"
+    promises = "fsync; no checksums; tensors only"
+
+    def save(self, step: int) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {f"{index}": tensor for index, tensor in enumerate(self.job.tensors())}
+        save_file(tensors, self.path(step))
+        _sync(self.path(step))
+        self._last = self.path(step)
+
+    def restore(self) -> None:
+        from safetensors.torch import load_file
+
+        loaded = load_file(self._last)
+        with torch.no_grad():
+            for index, tensor in enumerate(self.job.tensors()):
+                tensor.copy_(loaded[f"{index}"])
+
+
+class Dcp(Contender):
+    name = "torch.distributed.checkpoint.save"
+    promises = "fsync; no checksums"
+
+    def _writer(self, step: int) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        return dcp.FileSystemWriter(self.path(step), single_file_per_rank=True, thread_count=2, sync_files=True)
+
+    def save(self, step: int) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(self.job.state_dict(), storage_writer=self._writer(step), no_dist=True)
+        self._last = self.path(step)
+
+    def restore(self) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        state = self.job.state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, checkpoint_id=self._last, no_dist=True)
+        self.job.optimizer.load_state_dict(state["optimizer"])
+
+
+class DcpAsync(Dcp):
+    name = "torch.distributed.checkpoint.async_save"
+    promises = "fsync; no checksums"
+
+    def __init__(self, job: Job, directory: Path) -> None:
+        super().__init__(job, directory)
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        # Kept staging memory is pinned, which needs a GPU.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._future: Any = None
+
+    def save(self, step: int) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._future = dcp.async_save(
+                self.job.state_dict(), storage_writer=self._writer(step), async_stager=self._stager, no_dist=True
+            )
+        self._last = self.path(step)
+
+    def finish(self) -> None:
+        self._future.result()
+
+
+class Lightning(Contender):
+    name = "lightning AsyncCheckpointIO"
+    promises = "no fsync, no checksums"
+    durable = False
+
+    def save(self, step: int) -> None:
+        from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+        self._io = AsyncCheckpointIO(TorchCheckpointIO())
+        if hasattr(self._io, "setup"):
+            self._io.setup()
+        self._io.save_checkpoint(self.job.state_dict(), str(self.path(step)))
+        self._last = self.path(step)
+
+    def finish(self) -> None:
+        self._io.teardown()
+
+    restore = TorchSave.restore
+
+
+class Torchsnapshot(Contender):
+    name = "torchsnapshot async_take"
+    promises = "no fsync, no checksums"
+    durable = False
+
+    def save(self, step: int) -> None:
+        from torchsnapshot import Snapshot
+
+        state: Any = {"model": self.job.model, "optimizer": self.job.optimizer}
+        self._pending = Snapshot.async_take(str(self.path(step)), state)
+
+    def finish(self) -> None:
+        self._snapshot = self._pending.wait()
+
+    def restore(self) -> None:
+        state: Any = {"model": self.job.model, "optimizer": self.job.optimizer}
+        self._snapshot.restore(state)
+
+
+class Moonclip(Contender):
+    name = "moonclip"
+    promises = "fsync, checksums, compressed; unchanged tensors are not written"
+
+    def __init__(self, job: Job, directory: Path) -> None:
+        super().__init__(job, directory)
+        from moonclip.pytorch import CheckpointManager
+
+        self._manager = CheckpointManager(
+            str(directory), compression_level=1, max_full_snapshots=2, world_size=1, rank=0
+        )
+
+    def save(self, step: int) -> None:
+        self._last = self._manager.save(step=step, model=self.job.model, optimizer=self.job.optimizer)
+
+    def finish(self) -> None:
+        self._manager._mgr.flush()
+
+    def restore(self) -> None:
+        self._manager.resume(model=self.job.model, optimizer=self.job.optimizer)
+
+    def forget(self, step: int) -> None:
+        """Its own retention does it."""
+
+
+ALL: tuple[type[Contender], ...] = (
+    Lastgood,
+    Raw,
+    TorchSave,
+    Safetensors,
+    Dcp,
+    DcpAsync,
+    Lightning,
+    Torchsnapshot,
+    Moonclip,
+)
+
+
+def drop_cache(directory: Path) -> None:
+    """Make the system forget what it has cached of all files under `directory`, so that the disk is read."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def trim() -> None:
+    """Give freed memory back to the system, so that one contender does not profit from another's."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        return

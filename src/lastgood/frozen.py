@@ -1,0 +1,169 @@
+"""Tensors that do not change from save to save: written twice, and from then on shared by hard link.
+
+Large tensors that no registered optimizer changes (the weights under a LoRA, a frozen quantizer) go to a data file of
+their own. A checkpoint whose contents of that file are known gets it by hard link, so that every directory is complete
+by itself and nobody counts references. Links share their fate, so there are rules: a file is linked on only while
+another physical copy of the same bytes exists, and neighbouring checkpoints take different ones; a source is read back
+in turns, a sixteenth of it at each save, before it is linked on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lastgood import disk
+from lastgood.errors import DamagedError
+from lastgood.manifest import Chunk, ShardRecord
+from lastgood.shard import FROZEN, Piece, check_full
+from lastgood.snapshot import Snapshot, sample
+from lastgood.state import LocalTensor, Placement
+from lastgood.steady import OVERLAP_BYTES
+from lastgood.values import Json
+
+_log = logging.getLogger("lastgood")
+_CALM = 3
+"""Saves for which a tensor that changed must stand still, before it counts as frozen again."""
+_TURNS = 16
+"""Saves in which a linked file is read back once."""
+_TURN_BYTES = 8 << 20
+"""A file of no more bytes is read back at every save."""
+
+
+class Still:
+    """Finds, in the training thread and at little cost, the tensors that have not changed since the last save."""
+
+    def __init__(self) -> None:
+        self._signs: dict[str, tuple[int, int, bytes]] = {}
+        self._calm: dict[str, int] = {}
+        """Saves since a tensor was last seen to change; one that never was has the benefit of the doubt."""
+
+    def take(
+        self, tensors: Mapping[str, LocalTensor], held: frozenset[int], announced: Sequence[str] | None
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the tensors that count as frozen, and of those among them that were there at the last save.
+
+        Whether the second really are what they were is for their checksum to say.
+
+        Args:
+            held: addresses of the storages that registered optimizers change.
+            announced: what rank 0 took for frozen at its last save; None on rank 0, and where it said nothing yet.
+        """
+        names, unchanged = set(), set()
+        signs: dict[str, tuple[int, int, bytes]] = {}
+        for name, part in tensors.items():
+            tensor = part.tensor
+            if (
+                tensor.nbytes < OVERLAP_BYTES
+                or part.placement in (Placement.SHARDED, Placement.LOCAL)
+                or tensor.untyped_storage().data_ptr() in held
+                or not tensor.is_contiguous()
+            ):
+                continue
+            sign = tensor.data_ptr(), tensor._version, sample(tensor) if tensor.is_cpu else b""
+            known = self._signs.get(name)
+            signs[name] = sign
+            calm = 0 if known is not None and known != sign else self._calm.get(name, _CALM) + 1
+            self._calm[name] = calm
+            if calm >= _CALM:  # An average of the weights, for example, never is.
+                names.add(name)
+                if known is not None:
+                    unchanged.add(name)
+        self._signs = signs
+        if announced is not None:
+            names &= set(announced)
+        return frozenset(names), frozenset(unchanged & names)
+
+
+class Frozen:
+    """The physical copies of the frozen data file that rank 0 knows, and the linking."""
+
+    def __init__(self) -> None:
+        self._copies: dict[object, list[Path]] = {}
+        """By identity of the file, its names, the newest last."""
+        self._content: list[Json] = []
+        """Checksums of the header and of every tensor that the copies have."""
+        self._record: Json = None
+        self._turns: dict[object, int] = {}
+        self._pending: tuple[Path, Json] | None = None
+
+    def link(self, directory: Path, pieces: Sequence[Piece], buffer: Snapshot) -> Json | None:
+        """Link the frozen file into `directory`. Returns its record, or None where it has to be written.
+
+        Raises SaveError where the copy in the buffer turns out not to be of one moment.
+        """
+        self._pending = None
+        copies = self._alive()
+        if len(copies) < 2:
+            return None
+        buffer.await_bytes(pieces[-1].at + pieces[-1].size)
+        content = [[p.label, p.dtype, list(p.offsets), list(p.shape), buffer.checksum_of(p)] for p in pieces]
+        if content != self._content:
+            self.forget()
+            return None
+        # The one that the newest checkpoint does not have: a single bad sector never takes two neighbours.
+        source = min(copies.items(), key=lambda item: item[1][-1].parent.name)
+        try:
+            self._read_back(source[0], source[1][-1])
+        except DamagedError as error:
+            _log.error("%s. It is not linked on; the bytes are written anew.", error)
+            del self._copies[source[0]]
+            return None
+        try:
+            disk.link(source[1][-1], directory / FROZEN)
+        except OSError as error:
+            # Too many links, a file system without them, or one that is mounted in parts.
+            _log.info("%s cannot be linked (%s): its bytes are written again", source[1][-1], error)
+            return None
+        self._pending = directory / FROZEN, self._record
+        return self._record
+
+    def wrote(self, path: Path, record: Json) -> None:
+        """A new physical copy was written."""
+        self._pending = path, record
+
+    def committed(self) -> None:
+        """The checkpoint with the last file is committed: from now on it may be linked on."""
+        if self._pending is None:
+            return
+        path, record = self._pending
+        content = [[row[0], row[1], row[3], row[4], row[7]] for row in record["pieces"]]
+        if content != self._content:
+            self.forget()
+            self._content, self._record = content, record
+        self._copies.setdefault(disk.identity(path), []).append(path)
+
+    def forget(self) -> None:
+        """Link nothing that is there now: it is damaged, or of no use any more."""
+        self._copies, self._content, self._record = {}, [], None
+
+    def _alive(self) -> dict[object, list[Path]]:
+        alive: dict[object, list[Path]] = {}
+        for identity, paths in self._copies.items():
+            left = []
+            for path in paths:
+                try:
+                    if disk.identity(path) == identity:
+                        left.append(path)
+                except OSError:
+                    continue  # Deleted by retention.
+            if left:
+                alive[identity] = left
+        self._copies = alive
+        return alive
+
+    def _read_back(self, identity: object, path: Path) -> None:
+        """Read the next part of a source from the disk. Raises DamagedError."""
+        rows = self._record["pieces"]
+        budget = max(_TURN_BYTES, self._record["size"] // _TURNS)
+        at = self._turns.get(identity, 0) % len(rows)
+        parts: list[tuple[str, Chunk]] = []
+        while budget > 0 and len(parts) < len(rows):
+            label, _, _, offsets, shape, begin, end, digest = rows[at]
+            parts.append((label, Chunk(0, begin, end, digest, tuple(offsets), tuple(shape))))
+            budget -= end - begin
+            at = (at + 1) % len(rows)
+        self._turns = {key: turn for key, turn in self._turns.items() if key in self._copies} | {identity: at}
+        whole = self._record
+        check_full(path, ShardRecord(FROZEN, whole["size"], whole["header_size"], whole["header_checksum"]), parts)

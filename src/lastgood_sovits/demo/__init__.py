@@ -1,0 +1,1 @@
+"""What ``lastgood sovits demo`` trains: a small experiment of real speech."""

@@ -1,0 +1,158 @@
+"""What ``lastgood sovits demo`` does, and what it sees: train, kill, resume, compare, for both stages."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+
+from lastgood_sovits.demo.experiment import Experiment, build, s1_config, s2_config
+from lastgood_sovits.errors import SovitsError
+from lastgood_sovits.semantic import write_semantic
+from lastgood_sovits.weights import read_weights
+
+Stage = Literal["s1", "s2"]
+EPOCHS = 2
+SAVE_EVERY = 2
+KILL_AT = 5
+"""The training is killed as soon as this many steps are logged; the newest checkpoint is then of an earlier step."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that was wanted, what was seen of it, and whether it was so."""
+
+    wanted: str
+    seen: str
+    good: bool
+
+
+def tell(root: Path, nproc: int, say: Callable[[str], None]) -> list[Finding]:
+    """Plays the story in the folder `root` with `nproc` processes.
+
+    Raises:
+        SovitsError: there is no speech on this machine, or a training failed where it should not.
+    """
+    experiment = build(root)
+    say(f"{experiment.clips} clips, {experiment.seconds:.0f} s, from {experiment.source}; features are stand-ins")
+    findings = _stage(experiment, "s2", nproc, say)
+    weights = next((root / "run" / "SoVITS_weights_v2").glob("*.pth"))
+    written = write_semantic(experiment.folder, weights)
+    say(f"semantic codes of {written.clips} clips, from the stage 2 just trained")
+    return findings + _stage(experiment, "s1", nproc, say)
+
+
+def _stage(experiment: Experiment, stage: Stage, nproc: int, say: Callable[[str], None]) -> list[Finding]:
+    make = s2_config if stage == "s2" else s1_config
+    name = f"stage {stage[1]}"
+    say(f"{name}: {EPOCHS} epochs in {nproc} processes, undisturbed, as the reference")
+    _train(stage, make(experiment, "reference", EPOCHS, nproc), nproc)
+    config = make(experiment, "run", EPOCHS, nproc)
+    logs = experiment.root / "run" / f"logs_{stage}_v2"
+    say(f"{name}: the same again, every process killed with SIGKILL in the middle")
+    _train(stage, config, nproc, kill_when=lambda: _last_step(logs) >= KILL_AT)
+    killed_at = _last_step(logs)
+    say(f"{name}: the same command once more: it resumes and finishes")
+    output = _train(stage, config, nproc)
+    resumed = re.search(r"restored step (\d+)", output)
+    resumed_at = int(resumed[1]) if resumed else 0
+    mine, theirs = (_newest(experiment.root / run / logs.name / "lastgood") for run in ("run", "reference"))
+    equal, total = _equal(mine, theirs)
+    paths = [_weights(experiment.root / run) for run in ("run", "reference")]
+    exported, reference = (read_weights(next(p for p in found if _is(p, stage))) for found in paths)
+    same_file = all(torch.equal(exported.tensors[key], value) for key, value in reference.tensors.items())
+    losses = _losses(logs, "generator" if stage == "s2" else "loss")
+    return [
+        Finding(
+            f"{name}: resumes at the last checkpoint",
+            f"killed after step {killed_at}, resumed at step {resumed_at}",
+            0 < resumed_at <= killed_at and killed_at - resumed_at <= 2 * SAVE_EVERY,
+        ),
+        Finding(
+            f"{name}: resumes exactly",
+            f"{equal} of {total} tensors (weights, moments) equal the undisturbed run's bit by bit",
+            equal == total > 0,
+        ),
+        Finding(
+            f"{name}: writes weights",
+            f"{exported.kind} {exported.version}, epoch {exported.epoch}, {exported.size:,} bytes, "
+            f"{'equal to' if same_file else 'DIFFERENT FROM'} the undisturbed run's",
+            same_file and exported.epoch == EPOCHS,
+        ),
+        Finding(
+            f"{name}: learns", f"loss {losses[0]:.1f} at the first log line, {losses[-1]:.1f} at the last", bool(losses)
+        ),
+    ]
+
+
+def _train(stage: Stage, config: Path, nproc: int, kill_when: Callable[[], bool] | None = None) -> str:
+    """Runs the training as torchrun would start it; returns what the first rank printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lastgood_sovits", "train", stage, "--config", str(config), "--device", "cpu"]
+    command += ["--save-every", str(SAVE_EVERY), "--log-every", "1"]
+    processes = []
+    for rank in range(nproc):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
+        log = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True))
+    if kill_when is not None:
+        while all(process.poll() is None for process in processes) and not kill_when():
+            time.sleep(0.02)
+        finished = [process.poll() is not None for process in processes]
+        for process in processes:
+            process.kill()
+        outputs = [process.communicate()[0] for process in processes]
+        if any(finished):
+            raise SovitsError("the training ended before it could be killed:\n" + "\n".join(outputs))
+        return outputs[0]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
+    if codes := [process.returncode for process in processes if process.returncode]:
+        raise SovitsError(f"the training ended with {codes}:\n" + "\n".join(outputs))
+    return outputs[0]
+
+
+def _last_step(logs: Path) -> int:
+    log = logs / "train.log"
+    found = re.findall(r"epoch \d+, step (\d+):", log.read_text(encoding="utf-8")) if log.is_file() else []
+    return int(found[-1]) if found else 0
+
+
+def _losses(logs: Path, name: str) -> list[float]:
+    text = (logs / "train.log").read_text(encoding="utf-8")
+    return [float(value) for value in re.findall(rf"step \d+: .*?\b{name} ([-+.e\d]+)", text)]
+
+
+def _newest(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the newest checkpoint, read as any program could: with the safetensors library."""
+    folder = max(path.parent for path in run.glob("step-*/manifest.json"))
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[int, int]:
+    names = a.keys() | b.keys()
+    return sum(name in a and name in b and torch.equal(a[name], b[name]) for name in names), len(names)
+
+
+def _weights(run: Path) -> list[Path]:
+    return [*run.glob("SoVITS_weights_v2/*.pth"), *run.glob("GPT_weights_v2/*.ckpt")]
+
+
+def _is(path: Path, stage: Stage) -> bool:
+    return (path.suffix == ".ckpt") == (stage == "s1")

@@ -1,0 +1,45 @@
+"""A killed DDP job ends in the same bits as one that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults import ddp
+from tests.faults.test_crash import ROOT, campaign
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign"),
+    pytest.mark.timeout(900),
+]
+
+
+def test_ddp_killed_at_many_points_ends_in_the_same_bits() -> None:
+    assert "0 failed" in campaign("ddp")
+
+
+def test_ddp_killed_under_torchrun_is_restarted_and_ends_in_the_same_bits(tmp_path: Path) -> None:
+    # Operation 9 of rank 1 is in its third shard.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "tests.faults.ddp", str(tmp_path / "run"), str(tmp_path / "notes"), "9"]
+    source = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    notes = [json.loads(line) for line in (tmp_path / "notes" / "0.jsonl").read_text().splitlines()]
+    assert [note["what"] for note in notes].count("restored") == 2, "nobody was killed"
+    assert notes[-2]["step"] >= 2, "the second attempt did not continue"
+    ended = [
+        json.loads((tmp_path / "notes" / f"{rank}.jsonl").read_text().splitlines()[-1])["digest"] for rank in (0, 1)
+    ]
+    code = "import sys; from pathlib import Path; from tests.faults import ddp; print(ddp.reference(Path(sys.argv[1])))"
+    plain = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "plain")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert str(ended) in plain.stdout, plain.stdout + plain.stderr
+    assert ddp.WORLD == 2

@@ -1,0 +1,52 @@
+"""Power cuts on real file systems: what was reported as saved is there after the reboot, whole."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults import power
+from tests.faults.test_crash import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="needs loop devices"),
+    pytest.mark.timeout(900),
+]
+
+
+def in_process(code: str) -> str:
+    """In a process of its own, which forks; skips where file systems cannot be mounted."""
+    program = f"from tests.faults import power\ntry:\n    {code}\nexcept power.NotHereError as e:\n    print('SKIP', e)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if done.stdout.startswith("SKIP"):
+        pytest.skip(done.stdout[5:].strip())
+    return done.stdout
+
+
+@pytest.mark.parametrize("system", power.SYSTEMS)
+def test_what_was_reported_is_there_after_a_power_cut(system: str) -> None:
+    if shutil.which(power.SYSTEMS[system].make[0]) is None:
+        pytest.skip(f"{power.SYSTEMS[system].make[0]} is not installed")
+    code = f"r = power.run(cuts=5, systems=[{system!r}]); print([r.failed, sum(r.tried.values()), r.notes])"
+    failed, cuts, reasons = ast.literal_eval(in_process(code))
+    assert failed == []
+    if reasons:
+        pytest.skip(reasons[0])
+    assert cuts == 5
+
+
+def test_a_job_without_fsync_is_noticed() -> None:
+    code = (
+        "from pathlib import Path; power.jobs.limit_threads(); d = power.scratch(); p = d.__enter__(); "
+        "o = power.outer_disk(p); r = power.try_system('ext4', o.__enter__(), 3, synced=False); "
+        "o.__exit__(None, None, None); d.__exit__(None, None, None); print(len(r) > 0, r)"
+    )
+    assert in_process(code).startswith("True")

@@ -1,0 +1,119 @@
+"""Runs Windows tests, these and the core's, in a Windows Python under Wine; and runs that change systems.
+
+``setup/setup.sh`` makes that Python. Several tests run in one process, since torch takes long to start there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lastgood import catalog
+
+ROOT = Path(os.environ.get("LASTGOOD_WINE", "~/.cache/lastgood-wine")).expanduser()
+HERE = Path(__file__).parent
+TREE = HERE.parents[2]
+ALLOWED = ("needs fork", "needs POSIX", "needs CUDA", "may not make symbolic links", "Wine")
+"""Reasons for which a test may be skipped inside: what Windows does not have, and what Wine does otherwise."""
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "complete").exists(), reason="needs Wine: tests/faults/windows/setup/setup.sh"),
+    pytest.mark.timeout(1500),
+]
+
+
+def windows_name(path: Path) -> str:
+    """A path of this machine as Wine's programs name it."""
+    drive = ROOT / "prefix" / "drive_c"
+    if path.is_relative_to(drive):
+        return "C:\\" + str(path.relative_to(drive)).replace("/", "\\")
+    return "Z:" + str(path).replace("/", "\\")
+
+
+def windows_python(*arguments: str, seconds: int = 900) -> tuple[int, str]:
+    """Exit code and output."""
+    paths = [windows_name(TREE / "src"), windows_name(TREE / "tests")]
+    done = subprocess.run(
+        [str(ROOT / "wpython"), *arguments],
+        env={**os.environ, "WPYTHON_SECONDS": str(seconds), "WPYTHON_PATH": ";".join(paths)},
+        cwd=TREE,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def drive(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A directory on Wine's drive C, where names are those of Windows."""
+    directory = ROOT / "prefix" / "drive_c" / f"test-{os.getpid()}-{request.node.name[:20].rstrip('[')}"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+GROUPS = {
+    "held files": ["faults/windows/test_holds.py", "faults/windows/test_refusals.py"],
+    "ways": ["faults/windows/test_ways.py"],
+    "single files": ["test_files.py"],
+    "race": ["faults/windows/test_race.py"],
+    "jobs": ["faults/windows/test_jobs.py"],
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_on_windows(drive: Path, group: str) -> None:
+    report = drive / "report.xml"
+    code, output = windows_python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp=" + windows_name(drive / "t"),
+        "--junitxml=" + windows_name(report),
+        *(windows_name(TREE / "tests" / file) for file in GROUPS[group]),
+    )
+    assert code == 0, output
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    skipped = [str(found.get("message")) for case in cases for found in case.iter("skipped")]
+    assert len(cases) > len(skipped)
+    assert not [reason for reason in skipped if not any(allowed in reason for allowed in ALLOWED)]
+
+
+def test_a_run_goes_from_linux_to_windows_and_back(drive: Path) -> None:
+    from program import live
+
+    run, notes = drive / "训练 runs" / "语音-1", drive / "notes"
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        here = live(run, 0, 1, 3)
+        code, output = windows_python(
+            windows_name(HERE / "program.py"), windows_name(run), windows_name(notes), "0", "1", "6"
+        )
+        assert code == 0, output
+        there = json.loads((notes / "life-0.json").read_text())
+        back = live(run, 0, 1, 8)
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+    assert (here["start"], there["start"], back["start"]) == (0, 3, 6)
+    assert there["began"] == here["ended"]
+    assert back["began"] == there["ended"]
+    for entry in catalog.committed(run):
+        catalog.check_full(entry)
+    code, output = windows_python("-m", "lastgood", "verify", "--full", windows_name(run))
+    assert code == 0, output

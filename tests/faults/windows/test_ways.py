@@ -1,0 +1,171 @@
+"""Where Windows goes other ways: names, consoles, signals, locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lastgood
+from lastgood import catalog, disk, stop
+from lastgood.errors import LastGoodError
+from lastgood.world import machine_id
+
+windows = pytest.mark.skipif(os.name != "nt", reason="needs Windows")
+
+
+def run_of_two(run: Path) -> None:
+    with lastgood.Checkpointer(run, 模型=torch.ones(3), note="中文") as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, metrics={"损失": 0.5}, blocking=True)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    everything = {**os.environ, "PYTHONUTF8": "0", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "lastgood", *arguments], capture_output=True, timeout=200, env=everything
+    )
+
+
+@windows
+@pytest.mark.parametrize("length", [240, 300, 500])
+def test_a_run_may_lie_deeper_than_260_characters(tmp_path: Path, length: int) -> None:
+    run = tmp_path
+    while len(str(run)) < length:
+        run = run / ("深" * 30)
+    run_of_two(run)
+    restored = torch.zeros(3)
+    with lastgood.Checkpointer(run, 模型=restored, note="") as ckpt:
+        assert ckpt.restore() == 2
+    assert torch.equal(restored, torch.ones(3))
+    lastgood.save({"w": restored}, run / "权重.pth")
+    assert torch.equal(lastgood.load(run / "权重.pth")["w"], restored)
+
+
+@pytest.mark.parametrize(
+    ("path", "native"),
+    [
+        (r"C:\short", r"C:\short"),
+        ("C:\\" + "d" * 250, "\\\\?\\C:\\" + "d" * 250),
+        (r"\\host\share" + "\\" + "d" * 250, r"\\?\UNC\host\share" + "\\" + "d" * 250),
+        ("\\\\?\\C:\\" + "d" * 250, "\\\\?\\C:\\" + "d" * 250),
+    ],
+)
+@windows
+def test_long_names_go_to_the_system_in_the_form_without_a_limit(path: str, native: str) -> None:
+    assert disk._native(Path(path)) == native
+
+
+@windows
+def test_a_run_in_the_extended_form_of_its_name_is_the_same_run(tmp_path: Path) -> None:
+    run_of_two(tmp_path / "run")
+    with lastgood.Checkpointer("\\\\?\\" + str(tmp_path / "run"), 模型=torch.zeros(3), note="") as ckpt:
+        assert ckpt.restore() == 2
+
+
+@windows
+def test_another_case_of_a_name_is_the_same_run(tmp_path: Path) -> None:
+    run_of_two(tmp_path / "Voice")
+    # The second one in this process takes the run from the first, as when a notebook's cell is run again.
+    first = lastgood.Checkpointer(tmp_path / "Voice", 模型=torch.zeros(3), note="")
+    with lastgood.Checkpointer(tmp_path / "VOICE", 模型=torch.zeros(3), note="") as ckpt:
+        assert ckpt.restore() == 2
+    first.close()
+
+
+@windows
+@pytest.mark.parametrize("name", ["NUL", "aux.pth", "COM1.pth"])
+def test_a_reserved_name_is_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(LastGoodError):
+        lastgood.save({"w": torch.ones(1)}, tmp_path / name)
+
+
+def test_every_process_of_a_machine_gives_it_the_same_name() -> None:
+    script = "from lastgood.world import machine_id; print(machine_id())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.strip() == machine_id()
+
+
+@pytest.mark.parametrize(("encoding", "names"), [("cp936", ["ls", "verify"]), ("cp1252", ["ls", "show"])])
+def test_a_console_that_lacks_the_characters_ends_no_command(tmp_path: Path, encoding: str, names: list[str]) -> None:
+    run = tmp_path / "训练 ß 🎤"
+    run_of_two(run)
+    for name in names:
+        done = command(name, str(run), PYTHONIOENCODING=encoding, LASTGOOD_LANG="zh")
+        assert done.returncode == 0, done.stderr.decode(encoding, "replace")
+        assert b"Traceback" not in done.stderr
+    done = command("show", str(run / "nowhere"), PYTHONIOENCODING=encoding, LASTGOOD_LANG="zh")
+    assert done.returncode != 0 and b"Traceback" not in done.stderr
+
+
+def test_another_process_sees_that_a_run_is_held(tmp_path: Path) -> None:
+    script = "import pathlib, sys, lastgood.generation as g; print(g.holder(pathlib.Path(sys.argv[1])))"
+    with lastgood.Checkpointer(tmp_path, x=1):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100
+        )
+    assert f"'pid': {os.getpid()}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGBREAK", "SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_ends_with_75(tmp_path: Path, name: str) -> None:
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip("needs Windows")
+    with pytest.raises(SystemExit) as caught:
+        for step in lastgood.Checkpointer(tmp_path, x=torch.zeros(1)).steps(100):
+            if step == 3:
+                signal.raise_signal(number)
+    assert caught.value.code == 75
+    # Rank 0 proposes a step that no rank has passed yet.
+    assert [entry.step for entry in catalog.committed(tmp_path)] in ([3], [4])
+
+
+def test_the_stop_file_saves_and_ends_with_75(tmp_path: Path) -> None:
+    ckpt = lastgood.Checkpointer(tmp_path, x=torch.zeros(1))
+    with pytest.raises(SystemExit) as caught:
+        for step in ckpt.steps(10**9):
+            if step == 3:
+                stop.ask(tmp_path)
+            assert step < 10**6
+    assert caught.value.code == 75
+    assert len(catalog.committed(tmp_path)) == 1 and not stop.is_asked(tmp_path)
+
+
+@windows
+def test_doctor_knows_the_drive_and_the_folders_of_clouds(tmp_path: Path) -> None:
+    def findings(directory: Path) -> dict[str, tuple[str, str]]:
+        directory.mkdir()
+        done = command("doctor", str(directory), "--json", "--megabytes", "1", PYTHONIOENCODING="utf-8")
+        report = json.loads(done.stdout)
+        assert os.listdir(directory) == []
+        return {finding["name"]: (finding["level"], finding["text"]) for finding in report["findings"]}
+
+    plain = findings(tmp_path / "runs")
+    assert {"type", "exclusive create", "atomic replace", "locks", "new files", "case", "long paths"} <= set(plain)
+    assert "fixed" in plain["type"][1] or "C:\\" in plain["type"][1]
+    assert not [level for level, _ in plain.values() if level == "broken"], plain
+    assert "cloud" not in plain
+    assert findings(tmp_path / "OneDrive - 公司")["cloud"][0] == "risk"
+
+
+@windows
+def test_doctor_sees_a_scanner(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from holder import Holder
+
+    other = Holder()
+    other.scan(tmp_path, 0.2)
+    try:
+        done = command("doctor", str(tmp_path), "--json", "--megabytes", "1", PYTHONIOENCODING="utf-8")
+    finally:
+        other.scanned()
+        other.close()
+    (found,) = [finding for finding in json.loads(done.stdout)["findings"] if finding["name"] == "new files"]
+    assert found["level"] == "risk" and "another program holds" in found["text"]
