@@ -78,6 +78,25 @@ def test_a_killed_ddp_training_ends_with_the_same_bits(tmp_path: Path, death: in
     assert checkpoints(tmp_path / "run")[-1].startswith("step-00000015")
 
 
+def test_an_ordinary_shuffling_loader_goes_on_exactly_from_the_end_of_an_epoch(tmp_path: Path) -> None:
+    def fit(rank: Rank, run: Path, death: int | None, seed: int) -> Any:
+        torch.manual_seed(seed)
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_epochs=4, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[DieAt(death), LastGood(run, 5)],
+        )  # fmt: skip
+        model = lightning_ddp.Net()
+        torch.manual_seed(seed)
+        data = torch.randn(20, 8, generator=torch.Generator().manual_seed(3))
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4, shuffle=True))
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole = run_ranks(1, lambda rank: fit(rank, tmp_path / "whole", None, 5), tmp_path / "a")[0].ok()
+    assert run_ranks(1, lambda rank: fit(rank, tmp_path / "run", 13, 5), tmp_path / "b")[0].code == -9
+    resumed = run_ranks(1, lambda rank: fit(rank, tmp_path / "run", None, 99), tmp_path / "c")[0].ok()
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
 def test_a_ckpt_path_beside_a_run_with_checkpoints_is_refused(tmp_path: Path) -> None:
     def main(rank: Rank) -> None:
         train(rank, rank.run)

@@ -199,33 +199,10 @@ class Writer(StorageWriter):
         except OSError as error:
             raise SaveError(f"{directory} was not saved: {error}. Earlier checkpoints are whole.") from error
         _log.info("step %d committed: %s", self._last, directory)
-        self._clean(directory, sequence, {item.file for item in items.values()})
+        dcp_record.clean(directory, sequence, {item.file for item in items.values()})
         if self._keep is not None:
-            for place in self._expired(run, self._keep):
-                self._clean(place.directory, None, set())
-
-    @staticmethod
-    def _expired(run: Path, keep: int) -> list[Place]:
-        places = dcp_record.committed(run)
-        kept = list(dcp_record.branch(places))[:keep]
-        return [place for place in places if place < kept[-1]] if len(kept) == keep else []
-
-    @staticmethod
-    def _clean(directory: Path, sequence: int | None, named: set[str]) -> None:
-        """Delete what the record `sequence` does not name; with None, the whole checkpoint."""
-        try:
-            # Records first: a crash in between must not leave one that names deleted parts.
-            for old in dcp_record.sequences(directory):
-                if old != sequence:
-                    disk.remove(directory / dcp_record.record_name(old), missing_ok=True)
-            disk.sync_dir(directory)
-            for name in disk.names(directory):
-                if (dcp_record.is_part(name) and name not in named) or files.is_temporary(name):
-                    disk.remove(directory / name, missing_ok=True)
-            if sequence is None and not disk.names(directory):
-                disk.remove_dir(directory)
-        except OSError as error:
-            _log.warning("%s could not be cleaned up: %s. The checkpoints are not affected.", directory, error)
+            for place in dcp_record.expired(run, self._keep):
+                dcp_record.clean(place.directory, None, set())
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

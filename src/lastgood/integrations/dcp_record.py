@@ -15,6 +15,7 @@ of exactly the bytes of the inner object.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,11 +32,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lastgood import disk, values
+from lastgood import disk, files, values
 from lastgood.dtypes import DTYPES, dtype_name
 from lastgood.errors import DamagedError, LastGoodError
 from lastgood.manifest import checksum
 
+_log = logging.getLogger("lastgood")
 _PREFIX = re.compile(rb'\{"lastgood_dcp":([0-9]{1,9}),"checksum":"([0-9a-f]{32})","record":')
 _RECORD = re.compile(r"dcp-([0-9]{8,12})\.json")
 _PART = re.compile(r"part-[0-9]{5,9}-[0-9a-f]{16}\.bin")
@@ -202,3 +204,27 @@ def mismatch(directory: Path, item: Item, data: memoryview, got: int) -> str | N
     if got != item.length:
         return f"{where}: the file ends {item.length - got} bytes too early"
     return None if checksum(data) == item.checksum else f"{where}: altered, the checksum does not match"
+
+
+def expired(run: Path, keep: int) -> list[Place]:
+    """What may go when the newest `keep` stay."""
+    places = committed(run)
+    kept = list(branch(places))[:keep]
+    return [place for place in places if place < kept[-1]] if len(kept) == keep else []
+
+
+def clean(directory: Path, sequence: int | None, named: set[str]) -> None:
+    """Delete what the record `sequence` does not name; with None, the whole checkpoint."""
+    try:
+        # Records first: a crash in between must not leave one that names deleted parts.
+        for old in sequences(directory):
+            if old != sequence:
+                disk.remove(directory / record_name(old), missing_ok=True)
+        disk.sync_dir(directory)
+        for name in disk.names(directory):
+            if (is_part(name) and name not in named) or files.is_temporary(name):
+                disk.remove(directory / name, missing_ok=True)
+        if sequence is None and not disk.names(directory):
+            disk.remove_dir(directory)
+    except OSError as error:
+        _log.warning("%s could not be cleaned up: %s. The checkpoints are not affected.", directory, error)
