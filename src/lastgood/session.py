@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import secrets
 import socket
 import sys
 import time
@@ -15,7 +16,6 @@ from typing import Any
 from lastgood import catalog, disk, generation
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, PeerError
-from lastgood.files import temporary_name
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
@@ -24,6 +24,8 @@ from lastgood.world import World
 _log = logging.getLogger("lastgood")
 _joined: dict[tuple[Path, int], int] = {}
 """By run and rank, the last generation that this process joined: a later Checkpointer waits for a later one."""
+_PROBE = ".lastgood-write-test-"
+"""Begins the name of the empty file by which a start sees that it may write. One that was killed leaves it behind."""
 _DISK_SECONDS = 10.0
 """A network file system may show a new file so much later."""
 
@@ -119,6 +121,10 @@ class Session:
     def clear_left_overs(self, events: Events) -> None:
         """Delete what saves of earlier lives left behind: directories without a manifest, which nobody will finish."""
         assert self.holder is not None
+        for name in disk.names(self._run):
+            if name.startswith(_PROBE):
+                with contextlib.suppress(OSError):
+                    disk.remove(self._run / name, missing_ok=True)
         for entry in catalog.entries(self._run):
             if entry.generation < self.generation and not entry.is_committed():
                 self.holder.check()
@@ -180,10 +186,10 @@ def make_run(run: Path, group: int | None) -> None:
         disk.sync_names(run)
         if group is not None:
             disk.give_to_group(run, group)
-        probe = temporary_name(run / "write-test")
+        probe = run / f"{_PROBE}{secrets.token_hex(8)}"
         with disk.NewFile(probe):
             pass
-        disk.remove(probe)
+        disk.remove(probe, missing_ok=True)
     except OSError as error:
         raise LastGoodError(
             f"{run} cannot be written: {error}. Choose a directory that this user may write to, on a disk with space."
