@@ -1,6 +1,6 @@
 """Accelerate with DDP, saved through lastgood: killed at any moment, it goes on by itself.
 
-torchrun --nproc-per-node 2 examples/accelerate_ddp.py --run runs/accelerate --steps 12
+torchrun --nproc-per-node 2 examples/accelerate_ddp.py --directory runs/accelerate --steps 12
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def train(run: str, steps: int, every: int, at_step: Callable[[LastGood, int], N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--directory", required=True)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--every", type=int, default=3)
     options = parser.parse_args()
-    model = train(options.run, options.steps, options.every)
+    model = train(options.directory, options.steps, options.every)
     total = sum(float(p.double().sum()) for p in model.parameters())
     print(f"done at step {options.steps}: the weights add up to {total!r}")
 

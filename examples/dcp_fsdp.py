@@ -1,6 +1,6 @@
 """FSDP2 with torch.distributed.checkpoint, saved through lastgood: killed at any moment, it goes on by itself.
 
-torchrun --nproc-per-node 2 examples/dcp_fsdp.py --run runs/fsdp --steps 20
+torchrun --nproc-per-node 2 examples/dcp_fsdp.py --directory runs/fsdp --steps 20
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def train(run: str, steps: int, every: int) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--directory", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=5)
     options = parser.parse_args()
     dist.init_process_group("gloo")
-    model = train(options.run, options.steps, options.every)
+    model = train(options.directory, options.steps, options.every)
     total = sum(float(p.full_tensor().double().sum()) for p in model.parameters())
     if dist.get_rank() == 0:
         print(f"done at step {options.steps}: the weights add up to {total!r}")

@@ -1,6 +1,6 @@
 """Lightning with DDP, saved through lastgood: killed at any moment, it goes on by itself, also within an epoch.
 
-torchrun --nproc-per-node 2 examples/lightning_ddp.py --run runs/lightning --epochs 3
+torchrun --nproc-per-node 2 examples/lightning_ddp.py --directory runs/lightning --epochs 3
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def train(run: str, epochs: int, every: int, *callbacks: lightning.Callback) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--directory", required=True)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--every", type=int, default=2)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    model = train(options.run, options.epochs, options.every)
+    model = train(options.directory, options.epochs, options.every)
     total = sum(float(p.double().sum()) for p in model.parameters())
     print(f"done: the weights add up to {total!r}")
 

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer on a tiny GPT-2, made from its configuration: killed at any moment, it goes on by itself.
 
-torchrun --nproc-per-node 2 examples/transformers_trainer.py --run runs/gpt2 --steps 12
+torchrun --nproc-per-node 2 examples/transformers_trainer.py --directory runs/gpt2 --steps 12
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def train(run: str, steps: int, every: int, callbacks: Any = ()) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--directory", required=True)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--every", type=int, default=3)
     options = parser.parse_args()
-    trainer = train(options.run, options.steps, options.every)
+    trainer = train(options.directory, options.steps, options.every)
     total = sum(float(p.double().sum()) for p in trainer.model.parameters())
     print(f"done at step {trainer.state.global_step}: the weights add up to {total!r}")
 
