@@ -149,9 +149,12 @@ def run_campaign(points: int = 12) -> Result:
 def main(run: str, notes: str, kill_at: str) -> int:
     """One rank under torchrun. In the first attempt rank `kill_at % 2` is killed at operation `kill_at`."""
     limit_threads()
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and rank == int(kill_at) % WORLD:
+    # A store of its own for every life: with the launcher's, gloo was seen to wait for the addresses of the dead.
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank = int(os.environ["RANK"])
+    store = f"file://{Path(notes).absolute()}-store-{life}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    if life == "0" and rank == int(kill_at) % WORLD:
         disk.observer = Killer(int(kill_at), "after")
     code = live(Path(run), Notes(Path(notes), rank), rank)
     dist.destroy_process_group()
