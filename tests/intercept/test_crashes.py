@@ -76,7 +76,7 @@ def test_the_same_script_loses_its_file_without_us(memory: Path) -> None:
 @campaign
 def test_two_ranks_that_overwrite_the_same_file(memory: Path, stride: int) -> None:
     results, output = crash("naive.py", memory, "--ranks", "2", "--stride", str(2 * stride - 1))
-    assert len(results) > 6
+    assert sum(result["killed"] for result in results) >= 4
     assert not lost(results), output
     assert results[-1]["codes"] == [0, 0], output
 
@@ -85,7 +85,7 @@ def test_two_ranks_that_overwrite_the_same_file(memory: Path, stride: int) -> No
 @modes
 def test_two_ranks_that_rename_the_same_temporary_file(memory: Path, mode: str, stride: int) -> None:
     results, output = crash("every_rank_renames.py", memory, "--ranks", "2", *taken(stride, mode))
-    assert len(results) > 6
+    assert any(result["killed"] for result in results)
     assert not lost(results), output
     assert results[-1]["codes"] == [0, 0], output
 
