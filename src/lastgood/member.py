@@ -71,13 +71,17 @@ class Member:
         if "skipped" in call:
             raise SkippedError(call["skipped"])
         self.directory, self.attempt = call["name"], call["attempt"]
-        if self._channel.peek(prefix + "outcome", 0) is None:
+        over = self._channel.peek(prefix + "outcome", 0)
+        if over is None:
             report: dict[str, Json] = {"random": request.random}
             try:
                 report.update(self._write(request, call, prefix, compare, objects))
             except Exception as error:
                 report["error"] = f"{type(error).__name__}: {error}"
             self._channel.post(prefix + "report", report)
+        elif "failed" in over:
+            # Rank 0 clears up after it has heard from everybody who came.
+            self._channel.post(prefix + "report", {"error": "the save was given up before this rank began"})
         # Rank 0 has its own deadline and then still has to write: it is given as much again, twice over.
         outcome = self._channel.receive(prefix + "outcome", time.monotonic() + 3 * request.deadline)
         self._channel.forget(prefix)

@@ -131,6 +131,7 @@ def live(
     until: int,
     keep: int = 2,
     back_to: int | None = None,
+    every: int = 1,
     on_commit: Callable[[Path], None] = lambda path: None,
 ) -> int:
     """One life of one rank: restore, then train and save every step. Returns the exit code.
@@ -139,6 +140,7 @@ def live(
 
     Args:
         back_to: the step to roll back to.
+        every: save only steps that are multiples of this.
         on_commit: is told of every checkpoint that a handle reports.
     """
     job = Job.build(rank, kind)
@@ -168,7 +170,7 @@ def live(
             alone = len(ckpt.channel.connected) != peers and step <= until
             if handle.state != "committed" or alone:
                 return 3
-        if step <= until:
+        if step <= until and step % every == 0:
             handle = ckpt.save(step)
     notes.write("end", step=until, digest=job.digest())
     ckpt.close()

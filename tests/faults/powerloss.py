@@ -66,7 +66,7 @@ def record(directory: Path) -> list[Event]:
     (root / RUN).mkdir(parents=True)
     # Somebody made the run's directory, and was killed before its name was durable.
     history = [(0, Event("mkdir", RUN))]
-    for life, (back_to, until) in enumerate([(None, 4), (3, 6)]):
+    for life, (back_to, until) in enumerate([(None, 4), (2, 8)]):
 
         def action(rank: int, life: int = life, back_to: int | None = back_to, until: int = until) -> Callable[[], int]:
             def body() -> int:
@@ -80,7 +80,9 @@ def record(directory: Path) -> list[Event]:
                     world=WORLD,
                     kind="replicated",
                     until=until,
+                    keep=3,
                     back_to=back_to,
+                    every=1 if back_to is None else 2,  # A step of the old branch lies between two of the new one.
                     on_commit=recorder.report,
                 )
                 (directory / f"history{life}-{rank}").write_bytes(pickle.dumps(recorder.events))

@@ -30,6 +30,7 @@ def test_ddp_killed_under_torchrun_is_restarted_and_ends_in_the_same_bits(tmp_pa
     command += ["--max-restarts", "1", "-m", "tests.faults.ddp", str(tmp_path / "run"), str(tmp_path / "notes"), "9"]
     source = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     notes = [json.loads(line) for line in (tmp_path / "notes" / "0.jsonl").read_text().splitlines()]

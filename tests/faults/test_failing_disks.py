@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from lastgood import Checkpointer, Keep, SaveError, catalog, commit
+from lastgood.member import Member
+from lastgood.world import World
 from tests.faults import failing
 from tests.faults.crash import left_overs
 from tests.faults.test_crash import campaign
@@ -61,3 +65,30 @@ def test_a_full_disk_gives_its_space_back(tmp_path: Path, real: bool, monkeypatc
             assert (weights["w"] == 2).all()
     finally:
         context.__exit__(None, None, None)
+
+
+def test_a_rank_that_hears_of_the_failure_before_it_began_still_answers(tmp_path: Path) -> None:
+    """Rank 0 deletes what a failed save left when every rank that came has answered: silence would keep it for good."""
+    posted: dict[str, Any] = {}
+    outcome = {"failed": "the disk is full"}
+
+    class Channel:
+        def on(self, prefix: str, act: object) -> None: ...
+        def forget(self, prefix: str) -> None: ...
+        def post(self, key: str, value: Any) -> None:
+            posted[key.rpartition("/")[2]] = value
+
+        def receive_any(self, keys: list[str], deadline: float) -> tuple[str, Any]:
+            return keys[0], {"name": "step-00000001", "attempt": "a"}
+
+        def peek(self, key: str, rank: int) -> Any:
+            return outcome
+
+        def receive(self, key: str, deadline: float) -> Any:
+            return outcome
+
+    member = Member(tmp_path, World(1, 2, True), cast(Any, Channel()))
+    request = SimpleNamespace(step=1, tries=0, random=None, objects={}, layout=SimpleNamespace(compare=[]), deadline=9)
+    with pytest.raises(SaveError, match="full"):
+        member.save(cast(Any, request), generation=1)
+    assert "report" in posted
