@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_ddp_killed_at_many_points_ends_in_the_same_bits() -> None:
     assert "0 failed" in campaign("ddp")
 
