@@ -27,7 +27,7 @@ def in_process(code: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if done.stdout.startswith("SKIP"):
-        pytest.skip(done.stdout[5:].strip())
+        pytest.skip(f"mounting is not allowed here: {done.stdout[5:].strip()}")
     return done.stdout
 
 
@@ -39,7 +39,7 @@ def test_what_was_reported_is_there_after_a_power_cut(system: str) -> None:
     failed, cuts, reasons = ast.literal_eval(in_process(code))
     assert failed == []
     if reasons:
-        pytest.skip(reasons[0])
+        pytest.skip(f"mounting is not allowed here: {reasons[0]}")
     assert cuts == 5
 
 
