@@ -461,10 +461,15 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save under way, give the run back, and raise what failed. May be called twice."""
+        self._close(finished=True)
+
+    def _close(self, finished: bool) -> None:
         if self._closed or self._forked:
             return
         self._finish_save()
         self._closed = True
+        if finished:
+            self._session.leave()
         self._steady.close()
         self._snapshot.close()
         self._saver.close(self.deadline)
@@ -475,9 +480,9 @@ class Checkpointer:
             handle.result()
 
     def _abandon(self) -> None:
-        """Close without raising: another Checkpointer of this process takes the run."""
+        """Close without raising: an error ended the training, or another Checkpointer of this process takes the run."""
         try:
-            self.close()
+            self._close(finished=False)
         except LastGoodError as error:
             _log.error("%s", error)
 
@@ -514,7 +519,7 @@ def _at_exit() -> None:
     for checkpointer in list(_live.values()):
         if not checkpointer._closed and not checkpointer._forked:
             try:
-                checkpointer.close()
+                checkpointer._close(finished=getattr(sys, "last_value", None) is None)
             except BaseException as error:
                 failed = error
     if failed is not None:

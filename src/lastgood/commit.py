@@ -58,7 +58,9 @@ class Root:
         self._left_out: dict[int, int] = {}
         """Writers that could not write, and in how many saves they are tried again."""
         self._absent: set[int] = set()
-        """Ranks that did not come to a save although they live."""
+        """Ranks that did not come to the last save."""
+        self._dead: set[int] = set()
+        """Ranks without whose random state training goes on."""
         self._reported: dict[int, Json] = {}
         """What each rank alone had, by its last report."""
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
@@ -257,6 +259,7 @@ class Root:
                     f"step {request.step} was not saved: rank {rank} could not write what only it has: "
                     f"{report['error']}. The checkpoints before it are untouched."
                 )
+        died = []
         for rank, held in missing.items():
             why = self._channel.why_gone(rank)
             came = self._came(rank, request.step)
@@ -273,7 +276,14 @@ class Root:
                     f"step {request.step} was not saved: rank {rank} {fate}, and only it had {some(alone)}. All ranks "
                     "must call save. The checkpoints before it are untouched."
                 )
-            if rank in self._absent:
+            known = rank in self._absent
+            self._absent.add(rank)
+            if why and "random" not in held and rank not in self._dead:
+                self._dead.add(rank)
+                if not self._channel.peek("left", rank) and request.parent is not None:
+                    died.append(f"rank {rank} {fate}")
+                    continue
+            if known:
                 continue
             if why or came:
                 _log.warning("rank %d %s: rank 0 completes step %d without it", rank, fate, request.step)
@@ -285,7 +295,14 @@ class Root:
                     request.step,
                     rank,
                 )
-            self._absent.add(rank)
+        if died:
+            # A training that ends with the rank is resumed exactly, from the checkpoint before; one that can do without
+            # it is not held up for long.
+            raise SaveError(
+                f"step {request.step} was not saved: {'; '.join(died)} before it gave its random state, without which "
+                "nothing that resumes from here could be exact. The checkpoints before it are untouched. If the "
+                "training goes on, the next save is completed without."
+            )
 
     def _accept(
         self, directory: Path, writer: int, report: Json | None, expected: Json, planned: tuple[int, ...]

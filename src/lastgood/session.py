@@ -167,6 +167,11 @@ class Session:
             time.sleep(0.05)
         return False
 
+    def leave(self) -> None:
+        """Tell rank 0 that this rank has come to its end as it should: it is not one that died."""
+        if self._world.rank != 0:
+            self.channel.post("left", True)
+
     def close(self) -> None:
         """Close the connections and give the run back."""
         self.channel.close()

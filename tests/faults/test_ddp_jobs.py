@@ -19,12 +19,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.slow
 def test_ddp_killed_at_many_points_ends_in_the_same_bits() -> None:
     assert "0 failed" in campaign("ddp")
 
 
-@pytest.mark.slow
 def test_ddp_killed_under_torchrun_is_restarted_and_ends_in_the_same_bits(tmp_path: Path) -> None:
     # Operation 9 of rank 1 is in its third shard.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -39,6 +39,8 @@ ROOT_PHASES = [
     "committed",
     "told",
 ]
+KEPT = 3
+"""Checkpoints that the retention policy leaves."""
 HANG = 3.0
 """Deadline of the tests in which a rank hangs, seconds: long enough for the ranks that live on a busy machine."""
 
@@ -84,7 +86,7 @@ def tensors(step: int, rank: int) -> dict[str, torch.Tensor]:
 
 
 def life(victim: int, phase: str, act: Callable[[], None], *, own: bool, deadline: float) -> Callable[[Rank], Any]:
-    """Save three steps; the victim acts in the second one."""
+    """Save four steps; the victim acts in the second one."""
 
     def main(rank: Rank) -> list[Any]:
         state = tensors(0, rank.rank)
@@ -94,7 +96,7 @@ def life(victim: int, phase: str, act: Callable[[], None], *, own: bool, deadlin
             state=state, replicated=["state.shared", "state.more"], local=["state.own"], deadline=deadline
         )
         told = []
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             for name, value in tensors(step, rank.rank).items():
                 if name in state:
                     state[name].copy_(value)
@@ -113,28 +115,34 @@ def life(victim: int, phase: str, act: Callable[[], None], *, own: bool, deadlin
     return main
 
 
-def check(run: Path, ended: list[Ended], victim: int, phase: str, own: bool) -> None:
+def check(run: Path, ended: list[Ended], victim: int, phase: str, own: bool, died: bool = False) -> None:
     survivors = [e for e in ended if e.rank != victim]
+    told = {step: saved[0] == "committed" for step, saved in enumerate(survivors[0].ok()[:4], 1)}
     for e in survivors:
-        states = [told[0] for told in e.ok()[:3]]
-        saved = not own or phase == "reported"
-        assert states[0] == "committed"
-        assert states[1] == ("committed" if saved else "failed"), (e.rank, e.value, e.log)
-        # The third is saved without the victim, where nothing is lost with it.
-        assert states[2] == ("failed" if own else "committed"), (e.rank, e.value, e.log)
-    good = ["step-00000001"] + (["step-00000002"] if saved else []) + ([] if own else ["step-00000003"])
-    assert checkpoints(run) == good
+        assert [saved[0] == "committed" for saved in e.ok()[:4]] == list(told.values()), (e.value, e.log)
+    if own:
+        assert told == {1: True, 2: phase == "reported", 3: False, 4: False}
+    elif not died:
+        assert all(told.values())
+    else:
+        # The random state of one that dies before it says what it holds is lost, and with it the exact resume: that
+        # save is given up. The next is made without the victim.
+        assert [*told.values()].count(False) == 1 and told[1]
+        assert not (phase in ("before the call", "called") and told[2])
+    assert checkpoints(run) == [f"step-{step:08d}" for step, saved in told.items() if saved][-KEPT:]
     if own:
         error = ended[0].value[2][1]
         assert f"rank {victim} " in error and "state.own" in error, "who and what is missing is said"
+    elif died:
+        error = next(error for state, error, _ in ended[0].value if state != "committed")
+        assert f"rank {victim} is gone" in error and "random state" in error
     elif phase != "reported":
         assert ended[0].logged(f"rank {victim} ")
     for entry in catalog.committed(run):
         manifest = catalog.check_full(entry)
         values = read_tensors(entry, manifest, list(manifest.tensors))
-        expected = tensors(entry.step, 0)
         for name in ("shared", "more") + (("own",) if own else ()):
-            assert torch.equal(values[f"state.{name}"], expected[name])
+            assert torch.equal(values[f"state.{name}"], tensors(entry.step, 0)[name])
         if own:
             assert torch.equal(values[f"rank{victim}/state.own"], tensors(entry.step, victim)["own"])
         files = {p.name for p in entry.path.glob("*.safetensors")} - {s.file for s in manifest.shards}
@@ -147,9 +155,9 @@ def check(run: Path, ended: list[Ended], victim: int, phase: str, own: bool) -> 
 def test_a_rank_dies(tmp_path: Path, size: int, phase: str, own: bool) -> None:
     victim = 1 if size == 2 else 2
     ended = run_ranks(size, life(victim, phase, die, own=own, deadline=60), tmp_path)
-    check(tmp_path / "run", ended, victim, phase, own)
+    check(tmp_path / "run", ended, victim, phase, own, died=True)
     assert ended[victim].code == -signal.SIGKILL
-    assert all(told[2] < 30 for told in ended[0].value[:3]), "a death is noticed at once, not at the deadline"
+    assert all(told[2] < 30 for told in ended[0].value[:4]), "a death is noticed at once, not at the deadline"
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["replicated", "each its own"])
@@ -171,7 +179,7 @@ def test_a_rank_hangs(tmp_path: Path, size: int, own: bool) -> None:
 def test_a_rank_is_late_but_within_the_deadline(tmp_path: Path, phase: str, own: bool) -> None:
     ended = run_ranks(3, life(2, phase, lambda: time.sleep(0.4), own=own, deadline=60), tmp_path)
     for e in ended:
-        assert [told[0] for told in e.ok()] == ["committed"] * 3
+        assert [told[0] for told in e.ok()] == ["committed"] * 4
         assert not e.logged("WARNING rank")
     for entry in catalog.committed(tmp_path / "run"):
         manifest = catalog.check_full(entry)
@@ -383,6 +391,20 @@ def test_one_rank_leaves_before_the_others_save(tmp_path: Path) -> None:
         return state
 
     assert [e.ok() for e in run_ranks(2, main, tmp_path)] == ["committed", "left"]
+
+
+def test_the_only_save_is_completed_without_the_random_state_of_a_rank_that_died(tmp_path: Path) -> None:
+    def main(rank: Rank) -> str:
+        ckpt = rank.checkpointer(state=tensors(0, 0), replicated=["*"])
+        if rank.rank == 1:
+            die()
+        handle = ckpt.save(1, blocking=True)
+        ckpt.close()
+        return handle.state
+
+    ended = run_ranks(2, main, tmp_path)
+    assert ended[0].ok() == "committed", "an inexact checkpoint is better than none"
+    assert ended[0].logged("rank 1 is gone")
 
 
 def test_what_a_rank_wrote_too_late_is_taken_back(tmp_path: Path) -> None:
