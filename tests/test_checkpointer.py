@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,20 +240,40 @@ def test_ctrl_c_in_the_middle_of_a_save_leaves_a_checkpointer_that_works(
     state = weights(1)
     with lastgood.Checkpointer(tmp_path, state=state, deadline=1.0) as ckpt:
         ckpt.save(1)
-        start = threading.Thread.start
+        submit = ThreadPoolExecutor.submit
 
-        def interrupt(self: threading.Thread) -> None:
-            if self.name == "lastgood-save":
-                raise KeyboardInterrupt
-            start(self)
+        def interrupt_before(*_: Any) -> Any:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(threading.Thread, "start", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            ckpt.save(2)
+        def interrupt_after(self: ThreadPoolExecutor, *arguments: Any) -> Any:
+            submit(self, *arguments)
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+
+        for step, interrupt in ((2, interrupt_before), (3, interrupt_after)):
+            monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ckpt.save(step)
+            monkeypatch.undo()
+            ckpt.save(step).result(timeout=10)
+        ckpt.save(4).result(timeout=10)
+    assert [entry.step for entry in catalog.committed(tmp_path)] == [2, 3, 4]
+
+
+def test_a_save_without_a_thread_is_made_in_the_foreground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def no_more(self: threading.Thread) -> None:
+        if self.name.startswith(("lastgood-save", "lastgood-snapshot")):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with lastgood.Checkpointer(tmp_path, state=weights(1)) as ckpt:
+        monkeypatch.setattr(threading.Thread, "start", no_more)
+        assert ckpt.save(1).state == "committed"
         monkeypatch.undo()
         ckpt.save(2).result(timeout=10)
-        ckpt.save(3).result(timeout=10)
-    assert [entry.step for entry in catalog.committed(tmp_path)] == [1, 2, 3]
+    assert [entry.step for entry in catalog.committed(tmp_path)] == [1, 2]
 
 
 class Odd:

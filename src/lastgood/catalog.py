@@ -66,12 +66,17 @@ def committed(run: Path) -> list[Entry]:
 
 def newest(run: Path) -> Entry | None:
     """The newest committed checkpoint; reads no more of the others than their names."""
-    # Only what is looked at becomes an entry: there may be thousands.
-    matches = (match for name in disk.names(run) if (match := _DIRECTORY.fullmatch(name)) is not None)
-    for match in sorted(matches, key=lambda m: (int(m[2] or 1), int(m[1]), int(m[3] or 0)), reverse=True):
-        entry = entry_of(run, match[0])
+    # Only what is looked at becomes an entry, and mostly that is one: there may be thousands.
+    matches = [match for name in disk.names(run) if (match := _DIRECTORY.fullmatch(name)) is not None]
+
+    def age(match: re.Match[str]) -> tuple[int, int, int]:
+        return int(match[2] or 1), int(match[1]), int(match[3] or 0)
+
+    while matches:
+        entry = entry_of(run, (latest := max(matches, key=age))[0])
         if entry is not None and entry.is_committed():
             return entry
+        matches.remove(latest)
     return None
 
 

@@ -6,10 +6,10 @@ import atexit
 import logging
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -130,7 +130,7 @@ class Checkpointer:
         self._still = Still()
         self._handle: SaveHandle | None = None
         self._saved_objects: object = None
-        self._thread: threading.Thread | None = None
+        self._saving: futures.Future[None] | None = None
         self._tries: dict[int, int] = {}
         self._restores = 0
         self._last_step = -1
@@ -347,7 +347,7 @@ class Checkpointer:
         self._tries = {step: tries + 1}
         self._last_step, self._saved_objects, self._handle = step, state.objects, handle
         handle.stall = time.monotonic() - began
-        self._thread = self._saver.start(request, handle, self._thread)
+        self._saving = self._saver.start(request, handle)
         if blocking:
             handle.wait()
         return handle
@@ -424,8 +424,8 @@ class Checkpointer:
 
     def _finish_save(self) -> None:
         """Wait until the save under way is over, with what follows it."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._saving is not None:
+            futures.wait([self._saving])
 
     # -- the loop -------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from lastgood import catalog, commit, disk, member, part
@@ -39,6 +40,9 @@ class Saver:
         tensorboard: str | os.PathLike[str] | None,
     ) -> None:
         self._run, self._session = run, session
+        # A thread that is kept: to start one takes milliseconds of the training's time when it is busy. A program that
+        # just ends waits for it, and so for what it was promised, for at most the deadlines.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="lastgood-save")
         self.failures = 0
         """How many saves in a row have failed."""
         self.parent: str | None = None
@@ -120,26 +124,38 @@ class Saver:
             _log.warning("the mirror is not up to date; the next job catches it up")
         if self._scalars is not None:
             self._scalars.close()
+        self._background.shutdown(wait=False)
 
-    def start(self, request: part.Request, handle: SaveHandle, before: threading.Thread | None) -> threading.Thread:
-        """Write in the background, after the save `before`."""
-        # Not a daemon: a program that just ends waits for what it was promised, for at most the deadlines.
-        thread = threading.Thread(target=self.write, args=(request, handle, before), name="lastgood-save")
+    def start(self, request: part.Request, handle: SaveHandle) -> Future[None]:
+        """Write in the background, after the save before. The future is done when all that follows the save is, too."""
+        turn: Future[None] = Future()
         self.buffer_free.clear()
         try:
-            thread.start()
+            self._background.submit(self._take_turn, turn, request, handle)
         except BaseException as error:
-            # No more threads, or a Ctrl-C at this very moment: nobody would ever decide.
-            if thread.ident is None:
-                self.buffer_free.set()
-                handle._decide("failed", None, error)
+            if not turn.cancel():
+                raise  # A Ctrl-C, but it is under way.
+            if isinstance(error, RuntimeError):
+                # No more threads, or the interpreter is ending: in the foreground, then.
+                self.write(request, handle)
+                turn = Future()
+                turn.set_result(None)
+                return turn
+            self.buffer_free.set()
+            handle._decide("failed", None, error)
             raise
-        return thread
+        return turn
 
-    def write(self, request: part.Request, handle: SaveHandle, before: threading.Thread | None) -> None:
+    def _take_turn(self, turn: Future[None], request: part.Request, handle: SaveHandle) -> None:
+        if not turn.set_running_or_notify_cancel():
+            return
+        try:
+            self.write(request, handle)
+        finally:
+            turn.set_result(None)
+
+    def write(self, request: part.Request, handle: SaveHandle) -> None:
         """The background part of a save."""
-        if before is not None:
-            before.join()  # The one before may still be deleting.
         began = time.monotonic()
         try:
             done = self.root.save(request, self._make_room) if self.root else self._follow(request)

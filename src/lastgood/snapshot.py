@@ -8,8 +8,10 @@ On a GPU the copies are queued on a stream of their own; the hook makes the GPU 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +38,16 @@ class _Late:
 
     piece: Piece
     source: torch.Tensor
+    storage: torch.UntypedStorage
+    """Keeps the memory alive whatever becomes of the tensor."""
+    address: int
     version: int
     sample: bytes
     kept: str | None = None
     """Checksum of what the buffer holds already, when it should be the same."""
 
     def changed(self) -> bool:
-        return self.source._version != self.version or sample(self.source) != self.sample
+        return self.source._version != self.version or sample(self.address, self.piece.size) != self.sample
 
 
 class Snapshot:
@@ -66,6 +71,8 @@ class Snapshot:
         self.overlap = True
         """Cleared for good when a tensor was changed while it was being copied."""
         self._news = threading.Condition()
+        # Kept: to start a thread takes milliseconds of the training's time when the thread is busy.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="lastgood-snapshot")
         self._filled = 0
         self._failure: str | None = None
         self._kept: dict[str, tuple[int, str]] = {}
@@ -123,15 +130,16 @@ class Snapshot:
                         queued.append((piece.name, source, source._version))
                 elif not source.is_cpu:
                     target.copy_(source)
-                elif (
-                    size >= OVERLAP_BYTES
-                    and self.overlap
-                    and (piece.name in unchanged or source.untyped_storage().data_ptr() in steady)
-                    and source.is_contiguous()
-                ):
-                    source = source.detach()  # It keeps this memory alive whatever becomes of the tensor.
-                    kept = self._kept[piece.name][1] if piece.name in self._kept else None
-                    late.append(_Late(piece, source, source._version, sample(source), kept))
+                elif size >= OVERLAP_BYTES and self.overlap and source.is_contiguous():
+                    storage = source.untyped_storage()
+                    if storage.data_ptr() in steady or piece.name in unchanged:
+                        kept = self._kept[piece.name][1] if piece.name in self._kept else None
+                        address = source.data_ptr()
+                        words = sample(address, size)
+                        late.append(_Late(piece, source, storage, address, source._version, words, kept))
+                        continue
+                    now[0].append(target)
+                    now[1].append(source)
                 else:
                     now[0].append(target)
                     now[1].append(source)
@@ -143,7 +151,10 @@ class Snapshot:
         with self._news:
             self._filled = late[0].piece.at if late else self.layout.size
         if late:
-            threading.Thread(target=self._copy, args=(late,), name="lastgood-snapshot", daemon=True).start()
+            try:
+                self._background.submit(self._copy, late)
+            except RuntimeError:  # No more threads, or the interpreter is ending.
+                self._copy(late)
 
     def wait(self) -> None:
         """Return when every tensor may change: before an optimizer step, or before changing weights by hand.
@@ -160,6 +171,7 @@ class Snapshot:
     def close(self) -> None:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
+        self._background.shutdown(wait=False)
         self._plans.clear()
         self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
         self._parts, self._events, self._filled = [], [], 0
@@ -212,7 +224,7 @@ class Snapshot:
         try:
             for item, following in zip(late, [*late[1:], None], strict=True):
                 size, at = item.piece.size, item.piece.at
-                base, source = self._buffer.data_ptr() + at, item.source.data_ptr()
+                base, source = self._buffer.data_ptr() + at, item.address
                 if item.kept is not None:
                     # The buffer holds these bytes since the last save: looking is cheaper than copying.
                     if checksum(memory(source, size)) != item.kept:
@@ -340,8 +352,13 @@ def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
     return part.narrow(0, piece.offsets[0], piece.shape[0])
 
 
-def sample(tensor: torch.Tensor) -> bytes:
-    """A few words of the memory of a tensor, spread over it."""
-    size = tensor.numel() * tensor.element_size()
-    base, step = tensor.data_ptr(), max(8, (size - 8) // (_SAMPLES - 1) // 8 * 8)
-    return b"".join(ctypes.string_at(base + at, 8) for at in range(0, size - 7, step))
+@functools.lru_cache(1 << 16)
+def _words(address: int, size: int) -> memoryview:
+    words = memory(address, size // 8 * 8).cast("Q")
+    return words[:: max(1, (len(words) - 1) // (_SAMPLES - 1))]
+
+
+def sample(address: int, size: int) -> bytes:
+    """A few words of memory that somebody else keeps alive, spread over it."""
+    # The view is kept: a tensor mostly lies where it lay at the save before.
+    return _words(address, size).tobytes()

@@ -293,7 +293,7 @@ class Flattener:
         part = local_part(tensor, path)
         local = part.tensor
         address = local.data_ptr()  # 0 for an empty tensor, which shares nothing.
-        tied = self._seen.get(address, ()) if address else ()
+        tied: Sequence[str] = self._seen.get(address, ()) if address else ()
         for other in tied:
             before = self._tensors[other]
             if before.shape == part.shape and memory_key(before.tensor) == memory_key(local):
@@ -358,7 +358,7 @@ class Flattener:
         for index, held in state["state"].items():
             if type(index) is int and index < len(labels):
                 placement, path = placements.get(id(parameters[index])), f"{name}.state.{labels[index]}"
-                if not self._left_out(path):
+                if not (self._leave_out and self._left_out(path)):
                     tree["state"][labels[index]] = self._tree(held, path, placement)
             else:
                 shared[index] = held
@@ -395,7 +395,7 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
             f"{path}: a sparse, quantized or nested tensor cannot be saved. Nothing was written. Convert it to a dense "
             "one, or leave it out with leave_out=[...]."
         )
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise LastGoodError(
             f"{path} is on the meta device: it has a shape but no values to save or restore into. "
             "Give it some (to_empty and an initialisation), or leave it out with leave_out=[...]."

@@ -51,12 +51,11 @@ def encode(value: Any, path: str, put_tensor: Callable[[str, torch.Tensor], str]
 
 
 def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], depth: int) -> Json:
-    import torch
-
     if depth > _MAX_DEPTH:
         raise LastGoodError(f"{path}: nested more than {_MAX_DEPTH} deep, or a value that contains itself")
     kind = type(value)
-    if kind is torch.Tensor:  # Most of a state: first, and at little cost.
+    # Most of a state: first, and at little cost.
+    if kind.__module__ == "torch" and kind.__name__ == "Tensor":
         return {"$": "tensor", "v": put(path, value)}
     if value is None or kind is bool or kind is str:
         return value
@@ -66,6 +65,9 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$": "float", "v": repr(value)}
+    if kind is dict and "$" not in value and all(type(key) is str for key in value):
+        return {key: _encode(item, f"{path}.{key}", put, depth + 1) for key, item in value.items()}
+    import torch
 
     def items(values: Any) -> list[Json]:
         return [_encode(item, f"{path}[{i}]", put, depth + 1) for i, item in enumerate(values)]
@@ -76,8 +78,6 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
         return items(value)
     if kind is tuple:
         return {"$": "tuple", "v": items(value)}
-    if kind is dict and all(type(key) is str for key in value) and "$" not in value:
-        return {key: _encode(item, f"{path}.{key}", put, depth + 1) for key, item in value.items()}
     if kind in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict):
         pairs = [
             [_encode(key, f"{path}.<key>", put, depth + 1), _encode(item, f"{path}.{key}", put, depth + 1)]
