@@ -33,17 +33,17 @@ def watched(*optimizers: torch.optim.Optimizer) -> tuple[Steady, list[int]]:
 def test_an_optimizer_that_was_not_seen_to_step_makes_nothing_steady() -> None:
     model, optimizer = build()
     steady, _ = watched(optimizer)
-    assert not steady.take()
+    assert not steady.look()[1]
     step(model, optimizer)
-    assert model.weight.data_ptr() in steady.take()
-    assert not steady.take()  # No step since the last look.
+    assert model.weight.data_ptr() in steady.look()[1]
+    assert not steady.look()[1]  # No step since the last look.
 
 
 def test_its_state_is_steady_and_small_tensors_are_not() -> None:
     model, optimizer = build()
     steady, waits = watched(optimizer)
     step(model, optimizer)
-    found = steady.take()
+    found = steady.look()[1]
     assert found == {
         model.weight.data_ptr(),
         optimizer.state[model.weight]["exp_avg"].data_ptr(),
@@ -56,7 +56,7 @@ def test_one_optimizer_says_nothing_about_the_weights_of_another() -> None:
     (one, first), (two, second) = build(), build()
     steady, _ = watched(first, second)
     step(one, first)
-    found = steady.take()
+    found = steady.look()[1]
     assert one.weight.data_ptr() in found
     assert two.weight.data_ptr() not in found
 
@@ -67,7 +67,7 @@ def test_a_capturable_optimizer_may_be_replayed_without_hooks_so_nothing_is_stea
     steady, waits = watched(optimizer)
     step(model, optimizer)
     optimizer.param_groups[0]["capturable"] = True
-    assert not steady.take()
+    assert not steady.look()[1]
     assert waits
 
 
@@ -79,7 +79,7 @@ def test_a_compiled_step_is_waited_for_or_makes_nothing_steady() -> None:
         model(torch.randn(2, WIDTH)).sum().backward()
         before = len(waits)
         compiled()
-        if steady.take():
+        if steady.look()[1]:
             assert len(waits) > before
 
 
@@ -96,7 +96,7 @@ def test_a_wrapper_without_hooks_is_left_alone() -> None:
 
     _, optimizer = build()
     steady, _ = watched(Wrapper(optimizer))
-    assert not steady.take()
+    assert not steady.look()[1]
 
 
 def test_hooks_do_not_travel_with_copies_and_go_with_close() -> None:

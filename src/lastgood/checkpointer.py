@@ -327,8 +327,9 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        still, unchanged = self._still.take(state.tensors, self._steady.held(), self._saver.announced_frozen)
-        self._snapshot.take(state.tensors, self._saver.writers, self._steady.take(), still, unchanged)
+        held, steady = self._steady.look()
+        still, unchanged = self._still.take(state.tensors, held, self._saver.announced_frozen)
+        self._snapshot.take(state.tensors, self._saver.writers, steady, still, unchanged)
         request = part.Request(
             step=step,
             tries=tries,

@@ -52,28 +52,25 @@ class Steady:
         self._hooks.clear()
         self._steps.clear()
 
-    def take(self) -> frozenset[int]:
-        """Addresses of the storages that change only in steps that our hook sees; begins a new count of steps."""
-        found: set[int] = set()
-        for optimizer, steps in list(self._steps.items()):
-            if steps and not any(group.get("capturable") for group in optimizer.param_groups):
-                found.update(_storages(p for group in optimizer.param_groups for p in group["params"]))
-                for state in optimizer.state.values():
-                    if isinstance(state, dict):
-                        found.update(_storages(item for item in state.values() if isinstance(item, torch.Tensor)))
-            self._steps[optimizer] = 0
-        return frozenset(found)
+    def look(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Addresses of storages that registered optimizers change; begins a new count of steps.
 
-    def held(self) -> frozenset[int]:
-        """Addresses of the storages that any registered optimizer changes, whether it was seen to step or not."""
-        found: set[int] = set()
-        for optimizer in list(self._steps):
-            trained = (p for group in optimizer.param_groups for p in group["params"])
-            found.update(_storages(p for p in trained if p.requires_grad or p in optimizer.state))
-            for state in optimizer.state.values():
-                if isinstance(state, dict):
-                    found.update(_storages(item for item in state.values() if isinstance(item, torch.Tensor)))
-        return frozenset(found)
+        Returns:
+            Those that change in optimizer steps, whether one was seen or not; and those that were seen to change only
+            in steps that our hook sees.
+        """
+        held: set[int] = set()
+        steady: set[int] = set()
+        for optimizer, steps in list(self._steps.items()):
+            everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+            trained = _storages(p for p in everything if p.requires_grad or p in optimizer.state)
+            trained |= _storages(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
+            held |= trained
+            if steps and not any(group.get("capturable") for group in optimizer.param_groups):
+                steady |= trained | _storages(everything)
+            self._steps[optimizer] = 0
+        return frozenset(held), frozenset(steady)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
