@@ -16,7 +16,8 @@ from benchmarks.scenarios import Bench
 
 def publish(bench: Bench, docs: Path | None) -> None:
     """Print the tables; where `docs` is given, write benchmarks.md and the plots there."""
-    text = _goals(bench) + "\n" + _peers(bench)
+    text = _goals(bench) + "\n" + _peers(bench.series)
+    text += "".join(f"\n{what}\n\n{_peers(series)}" for what, series in bench.others.items())
     print("\n" + text)
     if docs is None:
         return
@@ -29,7 +30,8 @@ def publish(bench: Bench, docs: Path | None) -> None:
         "same time, ratios say more than seconds.\n\n"
         + _goals(bench)
         + "\n## Beside the peers\n\n"
-        + _peers(bench)
+        + _peers(bench.series)
+        + "".join(f"\n### {what}\n\n{_peers(series)}" for what, series in bench.others.items())
         + "".join(f"\n![{name}](benchmarks/{name}.svg)\n" for name in plots)
     )
     (docs / "benchmarks.md").write_text(page, encoding="utf-8")
@@ -55,19 +57,19 @@ def _goals(bench: Bench) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _peers(bench: Bench) -> str:
-    if not bench.series:
+def _peers(measured: dict[str, Series]) -> str:
+    if not measured:
         return ""
     lines = [
         "| | held up, step of 0.5 s (ms) | held up, step at once (ms) | complete (s) | restore, cold (s) | promises |",
         "|---|---|---|---|---|---|",
     ]
     promises = {kind.name: kind.promises for kind in ALL}
-    for name, series in bench.series.items():
+    for name, series in measured.items():
         lines.append(f"| {name} | {_cells(series)} | {promises[name]} |")
     better = []
-    ours = bench.series["lastgood"]
-    for name, series in bench.series.items():
+    ours = measured["lastgood"]
+    for name, series in measured.items():
         if name in ("lastgood", "disk alone"):
             continue
         for what in ("hold", "hold_at_once", "durable", "restore"):

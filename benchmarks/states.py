@@ -68,3 +68,17 @@ def frozen(mib: int = 600, share: float = 0.95) -> Job:
     base = [(mib * MIB // (48 * 4096) or 1, 1024)] * 48
     trained = max(1, round(mib * (1 - share) * MIB / 3 / 4096 / 24))
     return _job([(round(rows * share), columns) for rows, columns in base] + [(trained, 1024)] * 24, set(range(48)))
+
+
+def sovits() -> Job:
+    """Stage 2 of GPT-SoVITS at its own size: generator and discriminator, each with AdamW's moments."""
+    from lastgood_sovits.s2.config import ModelConfig
+    from lastgood_sovits.s2.discriminator import Discriminator
+    from lastgood_sovits.s2.synthesizer import Synthesizer
+
+    config = ModelConfig()
+    model = nn.ModuleDict({"G": Synthesizer(config), "D": Discriminator(config.periods)})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    job = Job(model, torch.optim.AdamW(trained, lr=1e-4, foreach=True))
+    job.step()
+    return job

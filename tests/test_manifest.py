@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lastgood import manifest as manifests
 from lastgood.errors import DamagedError
-from lastgood.manifest import Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, parse
+from lastgood.manifest import Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, checksum, compact, parse
 
 DIGEST = checksum(b"x")
 
@@ -54,6 +54,19 @@ def signed(body: Any) -> bytes:
     """A manifest with a right checksum, whatever it says."""
     text = (body if isinstance(body, str) else json.dumps(body)).encode()
     return b'{"lastgood":1,"checksum":"%s","manifest":%s}\n' % (checksum(text).encode(), text)
+
+
+_TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=12) | st.dictionaries(st.text(max_size=3), inner, max_size=12),
+    max_leaves=40,
+)
+
+
+@given(tree=_TREES, width=st.integers(1, 150))
+def test_what_is_encoded_in_parts_is_what_is_encoded_at_once(tree: Any, width: int) -> None:
+    wide = {"many": {f"k{index}": tree for index in range(width)}, "one": tree}
+    assert compact(wide) == json.dumps(wide, separators=(",", ":"))
 
 
 def test_what_was_written_is_read() -> None:

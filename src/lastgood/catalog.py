@@ -7,6 +7,7 @@ follows the branch that it is on.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from lastgood import disk, generation, shard
 from lastgood.errors import DamagedError
-from lastgood.manifest import MAX_BYTES, NAME, Chunk, Manifest, parse
+from lastgood.manifest import MAX_BYTES, NAME, Chunk, Manifest, Written, checksum, parse
 
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?", re.ASCII)
 
@@ -139,18 +140,31 @@ def read_manifest(entry: Entry) -> Manifest:
 def check_quick(entry: Entry) -> Manifest:
     """The manifest, after the quick check: every shard is there and has its length. Raises DamagedError."""
     manifest = read_manifest(entry)
-    for record in manifest.shards:
-        shard.check_size(entry.path / record.file, record)
+    _check_sizes(entry, manifest)
     return manifest
 
 
-def check_full(entry: Entry, trusted: Sequence[str] = ()) -> Manifest:
+def _check_sizes(entry: Entry, manifest: Manifest) -> None:
+    for record in manifest.shards:
+        shard.check_size(entry.path / record.file, record)
+
+
+def check_full(entry: Entry, trusted: Sequence[str] = (), written: Written | None = None) -> Manifest:
     """The manifest, after every byte of the checkpoint was read from the disk and checked. Raises DamagedError.
 
     Args:
         trusted: shards that were read lately under another name: only their size is looked at.
+        written: what this process wrote as the manifest: when the file still is that, it need not be parsed, which
+            takes long where there are many tensors.
     """
-    manifest = check_quick(entry)
+    manifest = None
+    if written is not None:
+        with contextlib.suppress(OSError, ValueError):
+            if checksum(disk.read_bytes(entry.path / NAME, limit=MAX_BYTES)) == written.checksum:
+                manifest = written.manifest
+    if manifest is None:
+        manifest = read_manifest(entry)
+    _check_sizes(entry, manifest)
     check_shards(entry, manifest, trusted=trusted)
     return manifest
 

@@ -19,7 +19,7 @@ from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.frozen import Frozen
 from lastgood.generation import Holder
-from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check
+from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, Written, check, checksum
 from lastgood.part import (
     Committed,
     Request,
@@ -205,13 +205,13 @@ class Root:
                 files.append(file)
         request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
         manifest = self._manifest(request, attempt, reports, held, files)
-        self._commit(directory, manifest)
+        written = self._commit(directory, manifest)
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
         self._go_round()
         self.frozen.committed()
-        return Committed(directory, manifest.tensor_bytes, missing, bool(layout.frozen))
+        return Committed(directory, manifest.tensor_bytes, missing, bool(layout.frozen), written)
 
     def _write_frozen(self, path: Path, request: Request) -> Json:
         """The file of what does not change: by hard link where that is safe, else written."""
@@ -406,12 +406,13 @@ class Root:
             shards=tuple(shards),
         )
 
-    def _commit(self, directory: Path, manifest: Manifest) -> None:
+    def _commit(self, directory: Path, manifest: Manifest) -> Written:
         # What we could not read back ourselves is not committed: a hole left by a lost rank shows here.
         check(manifest, str(directory / NAME))
         temporary = directory / (NAME + ".tmp")
+        data = manifest.to_bytes()
         with disk.NewFile(temporary) as file:
-            file.write(manifest.to_bytes())
+            file.write(data)
             file.sync()
         # The names of the shards and of the directory itself must be on the disk before the commit is.
         disk.sync_dir(directory)
@@ -422,6 +423,7 @@ class Root:
         self._holder.check()
         disk.replace(temporary, directory / NAME)
         disk.sync_dir(directory)
+        return Written(manifest, checksum(data))
 
     def clear(self) -> None:
         """Delete the directories of failed attempts into which nobody writes any more."""

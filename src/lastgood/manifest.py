@@ -152,14 +152,43 @@ class Manifest:
         }
 
 
-def compact(tree: Json, depth: int = 4) -> str:
-    """JSON without spaces. What lies less than `depth` deep is encoded piece by piece.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A manifest as it was written."""
+
+    manifest: Manifest
+    checksum: str
+    """Of the bytes of its file."""
+
+
+def compact(tree: Json) -> str:
+    """JSON without spaces, encoded in small parts.
 
     The encoder holds the interpreter's lock: over a large tree in one call, training would stand still for its time.
     """
-    if depth and type(tree) is dict:
-        return "{" + ",".join(f"{_encode(str(key))}:{compact(item, depth - 1)}" for key, item in tree.items()) + "}"
-    return _encode(tree)
+    if type(tree) is not dict:
+        return _encode(tree)
+    parts: list[str] = []
+    few: dict[str, Json] = {}
+    for key, item in tree.items():
+        large = type(item) is dict and (len(item) > _FEW or any(_is_large(value) for value in item.values()))
+        if not large:
+            few[key] = item
+        if few and (large or len(few) == _FEW):
+            parts.append(_encode(few)[1:-1])
+            few = {}
+        if large:
+            parts.append(f"{_encode(str(key))}:{compact(item)}")
+    if few:
+        parts.append(_encode(few)[1:-1])
+    return "{" + ",".join(parts) + "}"
+
+
+_FEW = 64
+
+
+def _is_large(value: Json) -> bool:
+    return type(value) in (dict, list) and len(value) > 8
 
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lastgood import disk
 from lastgood.errors import LastGoodError
-from lastgood.manifest import checksum, compact
+from lastgood.manifest import Written, checksum, compact
 from lastgood.plan import Layout
 from lastgood.shard import Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
@@ -51,6 +51,8 @@ class Committed:
     """Ranks that did not write their part: rank 0 did. Of one that never called save there is no random state."""
     frozen: bool = False
     """Whether it has a file that other checkpoints may share."""
+    written: Written | None = None
+    """On rank 0, its manifest."""
 
 
 class SkippedError(LastGoodError):

@@ -16,7 +16,7 @@ from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.errors import DamagedError, LastGoodError
 from lastgood.generation import Holder
-from lastgood.manifest import checksum
+from lastgood.manifest import Written, checksum
 from lastgood.shard import FROZEN
 
 _READ_AGAIN = 16
@@ -187,8 +187,12 @@ class Retention:
         """Note what was just committed: its manifest need not be read again for that."""
         self._known[entry.name] = Known(entry, metrics, size)
 
-    def apply(self, newest: Entry) -> list[str]:
+    def apply(self, newest: Entry, written: Written | None = None) -> list[str]:
         """Verify the newest checkpoint and delete what the policy does not want. Returns the deleted names.
+
+        Args:
+            newest: the checkpoint.
+            written: its manifest, where this process wrote it.
 
         Raises:
             DamagedError: the newest checkpoint reads back damaged. Nothing was deleted.
@@ -199,16 +203,16 @@ class Retention:
         doomed = spare(known, choose(known, branch, self._keep))
         if not doomed:
             return []
-        self._read_back(newest)
+        self._read_back(newest, written)
         self.verified = newest.name
         return self._delete(doomed, "the retention policy")
 
-    def _read_back(self, newest: Entry) -> None:
+    def _read_back(self, newest: Entry, written: Written | None) -> None:
         """Verify every byte of a checkpoint, but for a linked file that was read back lately under another name."""
         copy = next((k.copy for k in self.known() if k.entry == newest), None)
         self._read = {key: saves + 1 for key, saves in self._read.items() if saves < _READ_AGAIN}
         lately = copy is not None and copy in self._read
-        catalog.check_full(newest, trusted=(FROZEN,) if lately else ())
+        catalog.check_full(newest, (FROZEN,) if lately else (), written)
         if copy is not None and not lately:
             self._read[copy] = 0
 

@@ -213,7 +213,7 @@ class Saver:
             assert entry is not None
             if not done.frozen:
                 self.retention.learn(entry, request.metrics, done.bytes)
-            deleted = self.retention.apply(entry)
+            deleted = self.retention.apply(entry, done.written)
         except ReplacedError as error:
             _log.error("%s", error)
         except (LastGoodError, OSError) as error:

@@ -10,7 +10,7 @@ import math
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -42,10 +42,11 @@ class Piece:
     """Of the whole tensor."""
     at: int
     """First byte in the host buffer."""
+    size: int = field(init=False)
+    """Bytes."""
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", math.prod(self.shape) * DTYPE_BYTES[self.dtype])
 
     @property
     def entry(self) -> str:
@@ -207,6 +208,7 @@ def damage(
     check_size(path, record)
     found = []
     block = memoryview(bytearray(min(_BLOCK, record.size)))
+    start = filled = 0  # Which bytes of the file are in the block.
     try:
         with disk.open_read(path) as file:
             disk.drop_cache(file)
@@ -214,11 +216,15 @@ def damage(
             parts += [(f"tensor {name!r}", chunk.begin, chunk.end, chunk.checksum) for name, chunk in chunks]
             for what, begin, end, expected in sorted(parts, key=lambda part: part[1]):
                 state = xxhash.xxh3_128()
-                for at in range(begin, end, _BLOCK):
-                    part = block[: min(_BLOCK, end - at)]
-                    if disk.read_into(file, at, part) != len(part):
+                at = begin
+                while at < end:
+                    if not start <= at < start + filled:
+                        start, filled = at, disk.read_into(file, at, block[: min(_BLOCK, record.size - at)])
+                    part = block[at - start : min(end - start, filled)]
+                    if not part:
                         raise DamagedError(f"{path} ends in the middle of {what}")
                     state.update(part)
+                    at += len(part)
                     if advance is not None:
                         advance(len(part))
                 if state.hexdigest() != expected:
