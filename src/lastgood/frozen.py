@@ -61,7 +61,7 @@ class Still:
                 or not tensor.is_contiguous()
             ):
                 continue
-            sign = tensor.data_ptr(), tensor._version, sample(tensor) if tensor.is_cpu else b""
+            sign = tensor.data_ptr(), tensor._version, sample(tensor.data_ptr(), tensor.nbytes) if tensor.is_cpu else b""
             known = self._signs.get(name)
             signs[name] = sign
             calm = 0 if known is not None and known != sign else self._calm.get(name, _CALM) + 1

@@ -8,6 +8,7 @@ On a GPU the copies are queued on a stream of their own; the hook makes the GPU 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,13 +37,16 @@ class _Late:
 
     piece: Piece
     source: torch.Tensor
+    storage: torch.UntypedStorage
+    """Keeps the memory alive whatever becomes of the tensor."""
+    address: int
     version: int
     sample: bytes
     kept: str | None = None
     """Checksum of what the buffer holds already, when it should be the same."""
 
     def changed(self) -> bool:
-        return self.source._version != self.version or sample(self.source) != self.sample
+        return self.source._version != self.version or sample(self.address, self.piece.size) != self.sample
 
 
 class Snapshot:
@@ -123,15 +127,16 @@ class Snapshot:
                         queued.append((piece.name, source, source._version))
                 elif not source.is_cpu:
                     target.copy_(source)
-                elif (
-                    size >= OVERLAP_BYTES
-                    and self.overlap
-                    and (piece.name in unchanged or source.untyped_storage().data_ptr() in steady)
-                    and source.is_contiguous()
-                ):
-                    source = source.detach()  # It keeps this memory alive whatever becomes of the tensor.
-                    kept = self._kept[piece.name][1] if piece.name in self._kept else None
-                    late.append(_Late(piece, source, source._version, sample(source), kept))
+                elif size >= OVERLAP_BYTES and self.overlap and source.is_contiguous():
+                    storage = source.untyped_storage()
+                    if storage.data_ptr() in steady or piece.name in unchanged:
+                        kept = self._kept[piece.name][1] if piece.name in self._kept else None
+                        address = source.data_ptr()
+                        words = sample(address, size)
+                        late.append(_Late(piece, source, storage, address, source._version, words, kept))
+                        continue
+                    now[0].append(target)
+                    now[1].append(source)
                 else:
                     now[0].append(target)
                     now[1].append(source)
@@ -212,7 +217,7 @@ class Snapshot:
         try:
             for item, following in zip(late, [*late[1:], None], strict=True):
                 size, at = item.piece.size, item.piece.at
-                base, source = self._buffer.data_ptr() + at, item.source.data_ptr()
+                base, source = self._buffer.data_ptr() + at, item.address
                 if item.kept is not None:
                     # The buffer holds these bytes since the last save: looking is cheaper than copying.
                     if checksum(memory(source, size)) != item.kept:
@@ -340,8 +345,13 @@ def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
     return part.narrow(0, piece.offsets[0], piece.shape[0])
 
 
-def sample(tensor: torch.Tensor) -> bytes:
-    """A few words of the memory of a tensor, spread over it."""
-    size = tensor.numel() * tensor.element_size()
-    base, step = tensor.data_ptr(), max(8, (size - 8) // (_SAMPLES - 1) // 8 * 8)
-    return b"".join(ctypes.string_at(base + at, 8) for at in range(0, size - 7, step))
+@functools.lru_cache(1 << 16)
+def _words(address: int, size: int) -> memoryview:
+    words = memory(address, size // 8 * 8).cast("Q")
+    return words[:: max(1, (len(words) - 1) // (_SAMPLES - 1))]
+
+
+def sample(address: int, size: int) -> bytes:
+    """A few words of memory that somebody else keeps alive, spread over it."""
+    # The view is kept: a tensor mostly lies where it lay at the save before.
+    return _words(address, size).tobytes()

@@ -395,7 +395,7 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
             f"{path}: a sparse, quantized or nested tensor cannot be saved. Nothing was written. Convert it to a dense "
             "one, or leave it out with leave_out=[...]."
         )
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise LastGoodError(
             f"{path} is on the meta device: it has a shape but no values to save or restore into. "
             "Give it some (to_empty and an initialisation), or leave it out with leave_out=[...]."

@@ -5,6 +5,7 @@
     python -m tests.faults states                 every state of the disk after a power cut, and every fsync left out
     python -m tests.faults failing                full and failing disks
     python -m tests.faults power                  power cuts on real file systems
+    python -m tests.faults soak                   thousands of saves with random kills
     python -m tests.faults --full                 all of them, in their full form
 
 With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
@@ -16,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, ddp, failing, power, powerloss
+from tests.faults import crash, ddp, failing, power, powerloss, soak
 from tests.faults.report import Result, record
 
 
@@ -55,12 +56,17 @@ def _ddp(options: argparse.Namespace) -> Result:
     return ddp.run_campaign(60 if options.full else 12)
 
 
+def _soak(options: argparse.Namespace) -> Result:
+    return soak.run(saves=options.saves or (10_000 if options.full else 300), seconds=3600.0 * options.full)
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
     "ddp": _ddp,
     "states": _states,
     "failing": _failing,
     "power": _power,
+    "soak": _soak,
 }
 
 
@@ -78,6 +84,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--errors", type=_words, help=f"failing: of {', '.join(failing.ERRORS)}")
     parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
     parser.add_argument("--cuts", type=int, help="power: on each file system")
+    parser.add_argument("--saves", type=int, help="soak: at least so many; with --full for an hour besides")
     options = parser.parse_args(arguments)
     if options.campaign is None and not options.full:
         parser.error("name a campaign, or pass --full for all of them")

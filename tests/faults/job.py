@@ -185,3 +185,11 @@ def reference(kind: Kind, rank: int, until: int) -> dict[int, str]:
         job.train(step)
         digests[step] = job.digest()
     return digests
+
+
+def last_digest(kind: Kind, rank: int, until: int) -> str:
+    """The digest at the end of such a run."""
+    job = Job.build(rank, kind)
+    for step in range(1, until + 1):
+        job.train(step)
+    return job.digest()
