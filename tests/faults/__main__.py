@@ -6,6 +6,7 @@
     python -m tests.faults failing                full and failing disks
     python -m tests.faults power                  power cuts on real file systems
     python -m tests.faults soak                   thousands of saves with random kills
+    python -m tests.faults hostile                thousands of hostile files of every kind
     python -m tests.faults --full                 all of them, in their full form
 
 With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
@@ -17,7 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, ddp, failing, power, powerloss, soak
+from tests.faults import crash, ddp, failing, hostile, power, powerloss, soak
 from tests.faults.report import Result, record
 
 
@@ -60,6 +61,10 @@ def _soak(options: argparse.Namespace) -> Result:
     return soak.run(saves=options.saves or (10_000 if options.full else 300), seconds=3600.0 * options.full)
 
 
+def _hostile(options: argparse.Namespace) -> Result:
+    return hostile.run(count=options.count or (20_000 if options.full else 300), only=options.files or ())
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
     "ddp": _ddp,
@@ -67,6 +72,7 @@ CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "failing": _failing,
     "power": _power,
     "soak": _soak,
+    "hostile": _hostile,
 }
 
 
@@ -85,6 +91,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
     parser.add_argument("--cuts", type=int, help="power: on each file system")
     parser.add_argument("--saves", type=int, help="soak: at least so many; with --full for an hour besides")
+    parser.add_argument("--count", type=int, help="hostile: so many of each kind")
+    parser.add_argument("--files", type=_words, help="hostile: only kinds with one of these words in the name")
     options = parser.parse_args(arguments)
     if options.campaign is None and not options.full:
         parser.error("name a campaign, or pass --full for all of them")
