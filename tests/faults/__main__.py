@@ -7,6 +7,8 @@
     python -m tests.faults power                  power cuts on real file systems
     python -m tests.faults soak                   thousands of saves with random kills
     python -m tests.faults hostile                thousands of hostile files of every kind
+    python -m tests.faults jobs                   two jobs on one run; runs that are copied, moved, put back
+    python -m tests.faults damage                 flipped bits and lost sectors
     python -m tests.faults --full                 all of them, in their full form
 
 With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
@@ -18,7 +20,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, ddp, failing, hostile, power, powerloss, soak
+from tests.faults import crash, damage, ddp, failing, hostile, power, powerloss, soak, twojobs
 from tests.faults.report import Result, record
 
 
@@ -65,6 +67,14 @@ def _hostile(options: argparse.Namespace) -> Result:
     return hostile.run(count=options.count or (20_000 if options.full else 300), only=options.files or ())
 
 
+def _jobs(options: argparse.Namespace) -> Result:
+    return twojobs.run(count=options.count or (50 if options.full else 3))
+
+
+def _damage(options: argparse.Namespace) -> Result:
+    return damage.run(positions=options.count or 10_000)
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
     "ddp": _ddp,
@@ -73,6 +83,8 @@ CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "power": _power,
     "soak": _soak,
     "hostile": _hostile,
+    "jobs": _jobs,
+    "damage": _damage,
 }
 
 
@@ -91,7 +103,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
     parser.add_argument("--cuts", type=int, help="power: on each file system")
     parser.add_argument("--saves", type=int, help="soak: at least so many; with --full for an hour besides")
-    parser.add_argument("--count", type=int, help="hostile: so many of each kind")
+    parser.add_argument("--count", type=int, help="hostile, jobs: so many of each kind; damage: flipped bits")
     parser.add_argument("--files", type=_words, help="hostile: only kinds with one of these words in the name")
     options = parser.parse_args(arguments)
     if options.campaign is None and not options.full:

@@ -132,6 +132,7 @@ def live(
     keep: int = 2,
     back_to: int | None = None,
     every: int = 1,
+    stale: float = 0.2,
     on_commit: Callable[[Path], None] = lambda path: None,
 ) -> int:
     """One life of one rank: restore, then train and save every step. Returns the exit code.
@@ -148,7 +149,7 @@ def live(
         run,
         keep=Keep(last=keep),
         deadline=FAST_SECONDS,
-        stale=0.2,
+        stale=stale,
         rank=rank,
         world_size=world,
         **job.options,

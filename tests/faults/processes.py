@@ -76,9 +76,13 @@ class Ranks:
 
     def kill(self, *ranks: int) -> None:
         """SIGKILL the given ranks, or all that live."""
+        self.signal(signal.SIGKILL, *ranks)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to the given ranks, or to all that live."""
         for child, rank in self._alive.items():
             if not ranks or rank in ranks:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
 
     @property
     def alive(self) -> list[int]:
