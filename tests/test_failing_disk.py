@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,3 +195,23 @@ def test_a_run_that_vanishes_is_an_error_of_the_save(tmp_path: Path) -> None:
         ckpt.save(2).result()
     ckpt.close()
     assert committed(tmp_path / "moved") == [1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and devices with names: not on Windows")
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    for use in (
+        lambda: disk.read_bytes(path, limit=100),
+        lambda: disk.append_line(path, "x", patience=0),
+        lambda: disk.overwrite(path, b"x", patience=0),
+        lambda: disk.FileLock.try_acquire(path),
+    ):
+        with pytest.raises(OSError):
+            use()

@@ -401,8 +401,18 @@ def open_read(path: Path, *, patience: float | None = None) -> BinaryIO:
 
 def _open(path: Path, way: Literal["read", "append", "write"]) -> BinaryIO:
     mode = {"read": "rb", "append": "ab", "write": "wb"}[way]
-    where = disk_windows.open_shared(_native(path), way) if WINDOWS else path
-    return open(where, mode, buffering=0)  # type: ignore[return-value]
+    if WINDOWS:
+        return open(disk_windows.open_shared(_native(path), way), mode, buffering=0)  # type: ignore[return-value]
+    return open(path, mode, buffering=0, opener=_open_regular)  # type: ignore[return-value]
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """A descriptor of a regular file. A pipe in its place would be waited for, and a device has no end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "this is no regular file", path)
+    return descriptor
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:

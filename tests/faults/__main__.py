@@ -5,6 +5,10 @@
     python -m tests.faults states                 every state of the disk after a power cut, and every fsync left out
     python -m tests.faults failing                full and failing disks
     python -m tests.faults power                  power cuts on real file systems
+    python -m tests.faults soak                   thousands of saves with random kills
+    python -m tests.faults hostile                thousands of hostile files of every kind
+    python -m tests.faults jobs                   two jobs on one run; runs that are copied, moved, put back
+    python -m tests.faults damage                 flipped bits and lost sectors
     python -m tests.faults --full                 all of them, in their full form
 
 With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
@@ -16,7 +20,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, ddp, failing, power, powerloss
+from tests.faults import crash, damage, ddp, failing, hostile, power, powerloss, soak, twojobs
 from tests.faults.report import Result, record
 
 
@@ -55,12 +59,32 @@ def _ddp(options: argparse.Namespace) -> Result:
     return ddp.run_campaign(60 if options.full else 12)
 
 
+def _soak(options: argparse.Namespace) -> Result:
+    return soak.run(saves=options.saves or (10_000 if options.full else 300), seconds=3600.0 * options.full)
+
+
+def _hostile(options: argparse.Namespace) -> Result:
+    return hostile.run(count=options.count or (20_000 if options.full else 300), only=options.files or ())
+
+
+def _jobs(options: argparse.Namespace) -> Result:
+    return twojobs.run(count=options.count or (50 if options.full else 3))
+
+
+def _damage(options: argparse.Namespace) -> Result:
+    return damage.run(positions=options.count or 10_000)
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
     "ddp": _ddp,
     "states": _states,
     "failing": _failing,
     "power": _power,
+    "soak": _soak,
+    "hostile": _hostile,
+    "jobs": _jobs,
+    "damage": _damage,
 }
 
 
@@ -78,6 +102,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--errors", type=_words, help=f"failing: of {', '.join(failing.ERRORS)}")
     parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
     parser.add_argument("--cuts", type=int, help="power: on each file system")
+    parser.add_argument("--saves", type=int, help="soak: at least so many; with --full for an hour besides")
+    parser.add_argument("--count", type=int, help="hostile, jobs: so many of each kind; damage: flipped bits")
+    parser.add_argument("--files", type=_words, help="hostile: only kinds with one of these words in the name")
     options = parser.parse_args(arguments)
     if options.campaign is None and not options.full:
         parser.error("name a campaign, or pass --full for all of them")

@@ -78,7 +78,7 @@ class Job:
     def digest(self) -> str:
         """Of every bit of the state: weights, optimizer, scheduler, random states, what is this rank's alone."""
         total = hashlib.sha256()
-        for part in _leaves({name: _state(value) for name, value in self.objects.items()}, ""):
+        for part in leaves({name: _state(value) for name, value in self.objects.items()}, ""):
             total.update(part)
         total.update(bytes(torch.get_rng_state().tolist()))
         total.update(repr(random.getstate()).encode())
@@ -91,13 +91,13 @@ def _state(value: Any) -> Any:
     return value.state_dict() if hasattr(value, "state_dict") else value
 
 
-def _leaves(value: Any, path: str) -> Iterator[bytes]:
+def leaves(value: Any, path: str) -> Iterator[bytes]:
     if isinstance(value, dict):
         for key in sorted(value, key=str):
-            yield from _leaves(value[key], f"{path}/{key}")
+            yield from leaves(value[key], f"{path}/{key}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}/{index}")
+            yield from leaves(item, f"{path}/{index}")
     elif isinstance(value, torch.Tensor):
         yield f"{path}:{value.dtype}:{tuple(value.shape)}:".encode()
         yield value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -132,6 +132,7 @@ def live(
     keep: int = 2,
     back_to: int | None = None,
     every: int = 1,
+    stale: float = 0.2,
     on_commit: Callable[[Path], None] = lambda path: None,
 ) -> int:
     """One life of one rank: restore, then train and save every step. Returns the exit code.
@@ -148,7 +149,7 @@ def live(
         run,
         keep=Keep(last=keep),
         deadline=FAST_SECONDS,
-        stale=0.2,
+        stale=stale,
         rank=rank,
         world_size=world,
         **job.options,
@@ -185,3 +186,11 @@ def reference(kind: Kind, rank: int, until: int) -> dict[int, str]:
         job.train(step)
         digests[step] = job.digest()
     return digests
+
+
+def last_digest(kind: Kind, rank: int, until: int) -> str:
+    """The digest at the end of such a run."""
+    job = Job.build(rank, kind)
+    for step in range(1, until + 1):
+        job.train(step)
+    return job.digest()

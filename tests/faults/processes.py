@@ -49,8 +49,13 @@ class Ranks:
         """By rank, the exit code, or minus the signal that ended it."""
         self._alive = {fork(action, directory / f"{rank}.log"): rank for rank, action in enumerate(actions)}
 
-    def wait(self, on_death: Callable[[int], None] | None = None) -> dict[int, int]:
-        """Wait until all have ended; `on_death` is called with each rank that has. Returns the exit codes."""
+    def wait(
+        self, on_death: Callable[[int], None] | None = None, tick: Callable[[], None] | None = None
+    ) -> dict[int, int]:
+        """Wait until all have ended; `on_death` is called with each rank that has. Returns the exit codes.
+
+        `tick` is called every few milliseconds meanwhile.
+        """
         began = time.monotonic()
         while self._alive:
             for child in list(self._alive):
@@ -64,14 +69,20 @@ class Ranks:
                 ranks = self.alive
                 self.kill()
                 raise TimeoutError(f"ranks {ranks} still run after {self.limit:.0f} s:\n{self.log()}")
+            if tick is not None:
+                tick()
             time.sleep(0.002)
         return self.codes
 
     def kill(self, *ranks: int) -> None:
         """SIGKILL the given ranks, or all that live."""
+        self.signal(signal.SIGKILL, *ranks)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to the given ranks, or to all that live."""
         for child, rank in self._alive.items():
             if not ranks or rank in ranks:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
 
     @property
     def alive(self) -> list[int]:

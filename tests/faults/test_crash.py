@@ -20,12 +20,20 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 
 
+def in_fork(*lines: str) -> str:
+    """What a program prints that runs in a process of its own, which has no other thread when it forks."""
+    return _python("-c", "\n".join(lines))
+
+
 def campaign(*arguments: str) -> str:
     """A campaign in a process of its own, which has imported torch once and has no other thread when it forks."""
-    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return _python("-m", "tests.faults", *arguments)
+
+
+def _python(*arguments: str) -> str:
+    source = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.faults", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -14,10 +14,12 @@ from lastgood import Checkpointer, DamagedError, Keep, catalog
 from lastgood.loading import Loading
 from lastgood.manifest import parse
 from lastgood.world import World
+from tests.faults import damage
 from tests.faults import job as jobs
 from tests.faults.crash import Killer
 from tests.faults.job import Job, Notes, read_notes
 from tests.faults.processes import Ranks
+from tests.faults.test_crash import campaign
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign")
 
@@ -231,3 +233,14 @@ def test_a_flipped_bit_in_a_shard_is_always_noticed_and_never_loaded(run: Path) 
             noticed += 1
     assert noticed == 2000
     assert restored(run)[0] == 4
+
+
+def test_flipped_bits_and_lost_sectors() -> None:
+    assert "0 failed" in campaign("damage", "--count", "300")
+
+
+def test_damage_that_is_not_noticed_fails_the_campaign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(catalog, "check_full", lambda entry: None)
+    damage.train(tmp_path / "run", 2)
+    found = damage.alter_shard(entry(tmp_path / "run", 2), iter([(5000, 1, None)]), tmp_path / "run")
+    assert "not noticed" in next(found)
