@@ -1,7 +1,7 @@
-"""An experiment's features from its recordings: 5-wav32k, 4-cnhubert and 3-bert, with models stored on this machine.
+"""An experiment's features from its recordings: 5-wav32k, 4-cnhubert, 3-bert and 7-sv_cn, with models of this machine.
 
-The levels and layers are upstream's (GPT_SoVITS/prepare_datasets/1-get-text.py and 2-get-hubert-wav32k.py at commit
-48b1a016), so that its pretrained models understand the result.
+The levels and layers are upstream's (GPT_SoVITS/prepare_datasets/1-get-text.py, 2-get-hubert-wav32k.py and 2-get-sv.py
+at commit 48b1a016), so that its pretrained models understand the result.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from lastgood.files import replace_file
 from lastgood_sovits.audio import read_wave
 from lastgood_sovits.errors import SovitsError
+from lastgood_sovits.speaker import SpeakerVectors
 
 logger = logging.getLogger(__name__)
 RATE = 32000
@@ -39,11 +40,20 @@ class Made:
     waves: int = 0
     hubert: int = 0
     bert: int = 0
+    speakers: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     """Why a clip has no features, by its name."""
 
 
-def make_features(folder: Path, audio: Path, hubert: Path, bert: Path | None = None, *, device: str = "cpu") -> Made:
+def make_features(
+    folder: Path,
+    audio: Path,
+    hubert: Path,
+    bert: Path | None = None,
+    speaker: Path | None = None,
+    *,
+    device: str = "cpu",
+) -> Made:
     """Writes the features of every clip that 2-name2text.txt names.
 
     Args:
@@ -51,6 +61,7 @@ def make_features(folder: Path, audio: Path, hubert: Path, bert: Path | None = N
         audio: the folder of the recordings, with the names in that file.
         hubert: a folder of chinese-hubert-base, as transformers stores it.
         bert: a folder of chinese-roberta-wwm-ext-large; only clips in Mandarin have features from it.
+        speaker: the file pretrained_eres2netv2w24s4ep4.ckpt, for the vectors that the Pro versions need.
         device: where the models run.
 
     Raises:
@@ -59,8 +70,9 @@ def make_features(folder: Path, audio: Path, hubert: Path, bert: Path | None = N
     texts = _texts(folder / "2-name2text.txt")
     listen = _Hubert(hubert, device)
     read = _Bert(bert, device) if bert is not None else None
+    recognise = SpeakerVectors(speaker, device) if speaker is not None else None
     made = Made()
-    for part in ("3-bert", "4-cnhubert", "5-wav32k"):
+    for part in ("3-bert", "4-cnhubert", "5-wav32k", *(["7-sv_cn"] if recognise is not None else [])):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for name, (phonemes, spans, text) in texts.items():
         try:
@@ -71,6 +83,9 @@ def make_features(folder: Path, audio: Path, hubert: Path, bert: Path | None = N
             if read is not None and spans is not None and not _is_cantonese(phonemes):
                 _save(folder / "3-bert" / f"{name}.pt", read(text, spans))
                 made.bert += 1
+            if recognise is not None:
+                _save(folder / "7-sv_cn" / f"{name}.pt", recognise(_halved(wave.stored / 32768)))
+                made.speakers += 1
             _save_wave(folder / "5-wav32k" / name, wave.stored)
             made.waves += 1
             _save(folder / "4-cnhubert" / f"{name}.pt", features)
@@ -116,9 +131,7 @@ class _Hubert:
     @torch.no_grad()
     def __call__(self, wave: Levelled) -> Tensor:
         """(1, width, frames) at 50 Hz."""
-        import soxr  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        low = torch.from_numpy(soxr.resample(wave.heard.numpy(), RATE, RATE // 2).copy())
+        low = _halved(wave.heard)
         if len(low) < 400:
             raise SovitsError(f"it has {len(low)} samples at 16 kHz, and HuBERT needs 400")
         heard: Tensor = self._model(low.unsqueeze(0).to(self._device))["last_hidden_state"]
@@ -126,6 +139,13 @@ class _Hubert:
         if not torch.isfinite(features).all():
             raise SovitsError("HuBERT's features of it are not finite")
         return features
+
+
+def _halved(wave: Tensor) -> Tensor:
+    """From 32 to 16 kHz."""
+    import soxr  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    return torch.from_numpy(soxr.resample(wave.numpy(), RATE, RATE // 2).copy())
 
 
 class _Bert:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import soxr
 import torch
 from click.testing import CliRunner
 from experiments import make_experiment
@@ -16,6 +17,7 @@ from lastgood_sovits.features import levelled, make_features
 from lastgood_sovits.s1 import S1Dataset
 from lastgood_sovits.s2.dataset import load_tensor
 from lastgood_sovits.semantic import write_semantic
+from lastgood_sovits.speaker import SpeakerNetwork, log_mel_bands
 from lastgood_sovits.text import symbol_ids
 
 transformers = pytest.importorskip("transformers")
@@ -89,10 +91,26 @@ def test_a_folder_without_a_model_is_an_error_and_nothing_is_fetched(raw: Path, 
         make_features(raw, raw / "recordings", tmp_path / "empty")
 
 
-def test_speaker_vectors_are_refused_with_a_way_out(raw: Path, hubert: Path) -> None:
-    arguments = ["features", str(raw), "--audio", str(raw), "--hubert", str(hubert), "--sv", "x.ckpt"]
-    done = CliRunner().invoke(main, arguments)
-    assert done.exit_code == 1 and "7-sv_cn" in done.output
+def test_speaker_vectors_come_with_a_network_that_is_stored_here(raw: Path, hubert: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = SpeakerNetwork(16)
+    torch.save({**network.state_dict(), "seg_1.weight": torch.zeros(192, 5120)}, tmp_path / "sv.ckpt")
+    arguments = ["features", str(raw), "--audio", str(raw / "recordings"), "--hubert", str(hubert)]
+    done = CliRunner().invoke(main, [*arguments, "--sv", str(tmp_path / "sv.ckpt")])
+    assert done.exit_code == 0 and "3 speaker vectors" in done.output
+    vector = load_tensor(raw / "7-sv_cn" / "clip1.wav.pt")
+    samples, _ = soundfile.read(raw / "5-wav32k" / "clip1.wav", dtype="float32")
+    heard = torch.from_numpy(soxr.resample(samples, 32000, 16000))
+    expected = network.eval()(log_mel_bands(heard)[None])
+    assert vector.shape == (1, 5120) and torch.allclose(vector, expected, atol=1e-5)
+
+
+def test_a_file_of_another_network_is_refused(raw: Path, hubert: Path, tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(16, 1, 3, 3)}, tmp_path / "sv.ckpt")
+    with pytest.raises(SovitsError, match="not those of ERes2NetV2"):
+        make_features(raw, raw / "recordings", hubert, speaker=tmp_path / "sv.ckpt")
+    with pytest.raises(SovitsError, match="no such file"):
+        make_features(raw, raw / "recordings", hubert, speaker=tmp_path / "missing.ckpt")
 
 
 def test_semantic_codes_are_those_of_the_generator(tmp_path: Path) -> None:
