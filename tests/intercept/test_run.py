@@ -109,6 +109,35 @@ def test_the_same_ranks_fail_without_us(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_rank_that_is_late_puts_no_old_state_over_a_newer_one(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        reader, writer = os.pipe()
+        late = os.fork()
+        os.environ.update(RANK="1" if late == 0 else "0", WORLD_SIZE="2")
+        if late == 0:
+            os.read(reader, 1)
+            for step in (1, 2):
+                torch.save([step], "tmp.pth")
+                os.replace("tmp.pth", "last.pth")
+                torch.save([step], "plain.pth")
+            os._exit(0)
+        for step in (1, 2, 3):
+            torch.save([step], "tmp.pth")
+            os.replace("tmp.pth", "last.pth")
+            torch.save([step], "plain.pth")
+        os.write(writer, b"x")
+        os.wait()
+        assert torch.load("last.pth") == [3] and torch.load("plain.pth") == [3], torch.load("last.pth")
+        """,
+    )
+    assert code == 0, output
+    assert "4 collisions avoided" in output
+
+
+@posix
 def test_save_on_rank0_writes_once_and_the_others_see_it_as_done(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
@@ -189,6 +218,25 @@ def test_an_error_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
     assert code == launch.LAST_SAVE_FAILED, output
     assert "the last save FAILED" in output
     assert not [path for path in (tmp_path / ".lastgood").iterdir() if path.name.startswith("tmp-")]
+
+
+@posix
+def test_a_journal_that_the_disk_cuts_short_fails_the_save_and_keeps_the_old_file(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, resource, torch
+        for i in range(20): torch.save([i], "last.pth")
+        limit = os.path.getsize(".lastgood/last.pth.jsonl") + 100
+        assert limit > 2 * os.path.getsize("last.pth")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try: torch.save([20], "last.pth")
+        except OSError as error: print("REFUSED", error)
+        """,
+    )
+    assert code == launch.LAST_SAVE_FAILED and "REFUSED" in output, output
+    assert torch.load(tmp_path / "last.pth") == [19]
+    assert not [finding for finding in journal.verify(tmp_path) if finding.damage]
 
 
 HELD = """
