@@ -17,6 +17,8 @@ LEFT_OUT: dict[str, str] = {
     "test_cuda.py": "needs CUDA",
     "test_end_of_program.py": FORK,
     "test_fork.py": FORK,
+    "test_steady.py::test_a_compiled_step_is_waited_for_or_makes_nothing_steady": COMPILER,
+    "test_checkpointer.py::test_a_metric_is_one_number": CRASHES,
 }
 """Test files, test functions and single cases, named as pytest does without the directory; and why."""
 
