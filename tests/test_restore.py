@@ -114,7 +114,10 @@ def flip(path: Path, at: int = -1) -> None:
 
 SHARD, MANIFEST = "00000.safetensors", "manifest.json"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "shard missing": (lambda d: (d / SHARD).unlink(), r"00000\.safetensors cannot be read: .*No such file"),
+    "shard missing": (
+        lambda d: (d / SHARD).unlink(),
+        r"00000\.safetensors cannot be .*(No such file|WinError 2)",
+    ),
     "shard short": (lambda d: os.truncate(d / SHARD, 5000), r"00000\.safetensors has 5000 bytes instead of"),
     "shard long": (lambda d: (d / SHARD).open("ab").write(b"x"), r"00000\.safetensors has .* bytes instead of"),
     "shard empty": (lambda d: (d / SHARD).write_bytes(b""), r"00000\.safetensors has 0 bytes"),

@@ -79,12 +79,16 @@ def scheduled(name: str, lr: Any = 0.1) -> Objects:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_continues(tmp_path: Path, name: str) -> None:
+    if any(map(callable, scheduled(name)["sched"].state_dict().values())):
+        pytest.skip("this torch keeps a function in the scheduler's state")
     round_trip(tmp_path, lambda: scheduled(name), train)
 
 
 @pytest.mark.parametrize("name", ["OneCycleLR", "SequentialLR", "LambdaLR", "CosineAnnealingLR"])
 def test_schedulers_of_a_learning_rate_that_is_a_tensor(tmp_path: Path, name: str) -> None:
     """Whatever the order of registration."""
+    if name == "SequentialLR" and torch.__version__ < "2.7":
+        pytest.skip("this torch changes the base learning rate of a first scheduler with the learning rate")
     round_trip(
         tmp_path,
         lambda: scheduled(name, torch.tensor(0.1)),

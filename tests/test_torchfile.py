@@ -463,7 +463,7 @@ def test_the_hostile_pickles_do_run_without_us(tmp_path: Path) -> None:
 
 def test_a_refusal_names_what_and_how_to_allow_it() -> None:
     file = archive({"data.pkl": pickle.dumps(Evil(time.sleep, 5), 2)})
-    with pytest.raises(RefusedError, match=r"wants to use time\.sleep.*allow=\[sleep\].*--allow time\.sleep"):
+    with pytest.raises(RefusedError, match=r"wants to use time\.sleep.*allow=\[sleep\].*imported from time"):
         read(file)
     assert inspect(file).globals == ("time.sleep",)
 

@@ -99,6 +99,7 @@ class Number(int):
         ({"a": np.array(["text"])}, r"x\.a: .*numpy"),
         ({"a": np.datetime64("2020-01-01")}, r"x\.a: .*numpy"),
         ({"a": np.longdouble(1)}, r"x\.a: .*numpy"),
+        ({"a": np.zeros(2, np.longdouble)}, r"x\.a: .*numpy"),
         ({"a": np.zeros(2, dtype=">f4")}, r"x\.a: .*numpy.*byte order"),
         ({"a": np.zeros(2, dtype=[("f", "i4")])}, r"x\.a: .*numpy"),
         ({"a": np.ma.masked_array([1.0], [True])}, r"x\.a: .*MaskedArray"),

@@ -216,8 +216,8 @@ class Unpickler:
         else:
             raise RefusedError(
                 f"the file wants to use {full}, which could run code; nothing was run. If you trust where the file "
-                f"comes from, allow it: allow=[{name}] with {name} imported from {module}, or on the command line "
-                f"--allow {full}"
+                f"comes from, allow it in Python: lastgood.load(file, allow=[{name}]), with {name} imported from "
+                f"{module}; what lastgood.save then makes of it, every command reads"
             )
 
     def _global_op(self) -> None:

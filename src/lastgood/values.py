@@ -123,13 +123,15 @@ def _encode_numpy(value: Any, path: str, put: Callable[[str, torch.Tensor], str]
     import numpy as np
     import torch
 
-    if isinstance(value, np.generic) and value.dtype.name in _NUMPY_SCALARS:
+    # On Windows a longdouble calls itself float64; neither Python nor torch takes it for one.
+    known = isinstance(value, (np.generic, np.ndarray)) and value.dtype.char not in "gG"
+    if known and isinstance(value, np.generic) and value.dtype.name in _NUMPY_SCALARS:
         raw = value.item()
         text = [repr(raw.real), repr(raw.imag)] if isinstance(raw, complex) else repr(raw)
         return {"$": "numpy", "v": text, "dtype": value.dtype.name}
     if type(value) is np.ndarray and not value.dtype.isnative:
         raise LastGoodError(f"{path}: a numpy array in another byte order cannot be saved; convert it with astype.")
-    if type(value) is np.ndarray and value.dtype.name in _NUMPY_SCALARS - {"complex128"}:
+    if known and type(value) is np.ndarray and value.dtype.name in _NUMPY_SCALARS - {"complex128"}:
         # A copy: the array may be a live view, may be read-only, and may have strides that torch does not take.
         return {"$": "ndarray", "v": put(path, torch.from_numpy(value.copy(order="C").reshape(value.shape)))}
     raise LastGoodError(

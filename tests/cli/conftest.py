@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,12 +65,12 @@ def branched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "two"
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_job, args=(run, rank)) for rank in range(2)]
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    ranks = [context.Process(target=rank_job, args=(run, rank)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
     return run
 

@@ -3,8 +3,9 @@
     python crash.py PROGRAM WORK [--ranks N] [--mode before|torn] [--stride N] [--first N] [--cwd DIR]
 
 The program is run by a fork of this process, which has imported torch (and whatever else takes long) once. It is told
-where to note what it saved (ACK: one line after each save) and what it resumed from (RESUMED). The last line of the
-output is a JSON list with one entry for each point.
+where to note what it saved (ACK: one line after each save), what it resumed from (RESUMED) and what it ended with
+(ENDED), where that is to be the same as after an undisturbed save of the same step. The last line of the output is a
+JSON list with one entry for each point.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Killer:
             return
         text = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else ""
         path = os.path.join(os.path.realpath(os.path.dirname(text) or "."), os.path.basename(text))
-        if path.startswith(self.roots) and not path.endswith(("ACK", "RESUMED")):
+        if path.startswith(self.roots) and not path.endswith(("ACK", "RESUMED", "ENDED")):
             self.hit(f"{event} {path}")
 
     def hit(self, what: str) -> None:
@@ -128,36 +129,72 @@ def last_line(path: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def try_point(options: argparse.Namespace, point: int) -> dict[str, Any]:
-    work = tempfile.mkdtemp(prefix="point-", dir=options.work)
-    cwd = tempfile.mkdtemp(prefix="cwd-", dir=options.cwd) if options.cwd else work
-    variables = {"ACK": f"{work}/ACK", "RESUMED": f"{work}/RESUMED", "OUT": work}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        variables["MASTER_PORT"] = str(free.getsockname()[1])
-    if options.by_step:
-        variables["BY_STEP"] = "1"
+class Work:
+    """The directories of one program, which is run in them and resumed in them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.path = tempfile.mkdtemp(prefix="point-", dir=options.work)
+        self.cwd = tempfile.mkdtemp(prefix="cwd-", dir=options.cwd) if options.cwd else self.path
+        self._variables = {"OUT": self.path, **{name: f"{self.path}/{name}" for name in ("ACK", "RESUMED", "ENDED")}}
+        if options.by_step:
+            self._variables["BY_STEP"] = "1"
+
+    def run(self, *, victim: int = -1, killer: Killer | None = None, **variables: str) -> list[int]:
+        """The wait statuses of all ranks."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables.update(self._variables, MASTER_PORT=str(free.getsockname()[1]))
+        ranks = self.options.ranks
+        program = self.options.program
+        pids = [
+            child(program, self.cwd, rank, ranks, killer if rank == victim else None, variables)
+            for rank in range(ranks)
+        ]
+        return wait(pids, together="RESUME_ONLY" not in variables)
+
+    def last(self, name: str) -> str:
+        return last_line(Path(self.path, name))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+        if self.options.cwd:
+            shutil.rmtree(self.cwd)
+
+
+def undisturbed_end(options: argparse.Namespace, step: str, known: dict[str, str]) -> str:
+    """What the program ends with when it resumes from a step after which it was killed, but not while it saved."""
+    if step not in known:
+        work = Work(options)
+        if int(step):
+            work.run(END_AFTER=step)
+        work.run(RESUME_ONLY="1")
+        assert work.last("RESUMED") == step, (step, work.last("RESUMED"))
+        known[step] = work.last("ENDED")
+        work.remove()
+    return known[step]
+
+
+def try_point(options: argparse.Namespace, point: int, known: dict[str, str]) -> dict[str, Any]:
+    work = Work(options)
     victim = point % options.ranks
-    pids = []
-    for rank in range(options.ranks):
-        killer = Killer(point // options.ranks, options.mode, [work, cwd]) if rank == victim else None
-        pids.append(child(options.program, cwd, rank, options.ranks, killer, variables))
-    statuses = wait(pids, together=True)
+    killer = Killer(point // options.ranks, options.mode, [work.path, work.cwd])
+    statuses = work.run(victim=victim, killer=killer)
     result: dict[str, Any] = {
         "point": point,
         "killed": os.WIFSIGNALED(statuses[victim]),
         "codes": statuses,
-        "at": last_line(Path(work, "KILLED")),
-        "saved": last_line(Path(work, "ACK")),
+        "at": work.last("KILLED"),
+        "saved": work.last("ACK"),
     }
     if result["killed"]:
-        variables["RESUME_ONLY"] = "1"
-        pids = [child(options.program, cwd, rank, options.ranks, None, variables) for rank in range(options.ranks)]
-        result["resume_codes"] = wait(pids, together=False)
-        result["resumed"] = last_line(Path(work, "RESUMED"))
-    shutil.rmtree(work)
-    if options.cwd:
-        shutil.rmtree(cwd)
+        if os.path.exists(f"{work.path}/ENDED"):
+            os.remove(f"{work.path}/ENDED")
+        result["resume_codes"] = work.run(RESUME_ONLY="1")
+        result["resumed"] = work.last("RESUMED")
+        result["ended"] = work.last("ENDED")
+        result["expected"] = undisturbed_end(options, result["resumed"], known) if result["ended"] else ""
+    work.remove()
     return result
 
 
@@ -172,6 +209,7 @@ def main() -> None:
     parser.add_argument("--cwd")
     parser.add_argument("--by-step", action="store_true")
     parser.add_argument("--preload", default="torch")
+    parser.add_argument("--until", type=int, default=1, help="ends when each rank came through unharmed so often")
     options = parser.parse_args()
     options.program = os.path.abspath(options.program)
     for name in options.preload.split(","):
@@ -179,13 +217,16 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    sys.path.insert(0, os.path.dirname(options.program))
     results = []
+    ends: dict[str, str] = {}
     point = options.first
-    while True:
-        result = try_point(options, point)
+    unharmed: dict[int, int] = {}
+    while not unharmed or min(unharmed.values()) < options.until:
+        result = try_point(options, point, ends)
         results.append(result)
-        if not result["killed"]:
-            break
+        victim = point % options.ranks
+        unharmed[victim] = 0 if result["killed"] else unharmed.get(victim, 0) + 1
         point += options.stride
     print("\n" + json.dumps(results))
 

@@ -15,9 +15,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHARES = {"share nothing": 0, "share reading": 1, "share reading and writing": 3, "share all": 7}
+SHARES = {
+    "share nothing": 0,
+    "share reading": 1,
+    "share writing": 2,
+    "share reading and writing": 3,
+    "share deleting": 4,
+    "share reading and deleting": 5,
+    "share writing and deleting": 6,
+    "share all": 7,
+}
 MODES = ("reading", "writing", "memory map", *SHARES)
-"""The ways to have a file open that Windows tells apart."""
+"""The ways to have a file open that Windows tells apart: with Python's means, and with CreateFileW."""
+DELETABLE = [mode for mode, share in SHARES.items() if share & 4]
+"""Whoever shares deletion lets the file be renamed under its hands."""
 
 
 class Holder:

@@ -238,3 +238,38 @@ def test_a_checkpoint_that_nobody_may_read_is_reported_and_the_one_before_it_res
     (skipped,) = [event for event in read_events(tmp_path) if event["event"] == "skip"]
     assert skipped["step"] == 2 and "refused by the system" in skipped["why"]
     assert [entry.step for entry in catalog.committed(tmp_path)] == [1, 2]
+
+
+def test_no_directory_is_ever_renamed_nor_one_with_a_file_in_use_deleted(tmp_path: Path) -> None:
+    """Windows refuses both, with error 5 and with error 145; Wine does the first. The protocol needs neither."""
+    renamed: list[Path] = []
+
+    def refuse(operation: disk.Operation, moment: Moment) -> None:
+        source = operation.source or operation.path
+        if moment == "before" and operation.name == "replace" and source.is_dir():
+            renamed.append(source)
+            raise refusal(5, source)
+        if moment == "before" and operation.name == "rmdir" and os.listdir(operation.path):
+            raise refusal(145, operation.path)
+
+    disk.observer = refuse
+    assert train(tmp_path / "run", 6) == ["committed"] * 6
+    with lastgood.Checkpointer(tmp_path / "run", x=torch.zeros(100), mirror=tmp_path / "mirror") as ckpt:
+        assert ckpt.restore(step=5) == 5
+        ckpt.save(6).result()
+    with lastgood.Checkpointer(tmp_path / "run", x=torch.zeros(100)) as ckpt:
+        assert ckpt.restore() == 6
+    assert not renamed
+
+
+@pytest.mark.parametrize("code", [5, 32, 33])
+def test_a_single_file_is_waited_for_with_every_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(disk, "PATIENCE", 10.0)
+    refusing = Refusing(code, lambda o: o.name == "replace")
+    refusing.until = time.monotonic() + 0.2
+    disk.observer = refusing
+    lastgood.save({"w": torch.ones(3)}, tmp_path / "last.pth")
+    assert refusing.count > 1
+    assert torch.equal(lastgood.load(tmp_path / "last.pth")["w"], torch.ones(3))

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lastgood
 from lastgood import catalog, disk, stop
+from lastgood.cli import probes
 from lastgood.errors import LastGoodError
 from lastgood.world import machine_id
 
@@ -77,6 +79,52 @@ def test_another_case_of_a_name_is_the_same_run(tmp_path: Path) -> None:
     with lastgood.Checkpointer(tmp_path / "VOICE", 模型=torch.zeros(3), note="") as ckpt:
         assert ckpt.restore() == 2
     first.close()
+
+
+@windows
+@pytest.mark.parametrize("spelling", ["voice.", "voice ", "voice. .", r"x\..\voice", "voice/"])
+def test_trailing_dots_and_blanks_are_no_part_of_a_name(tmp_path: Path, spelling: str) -> None:
+    run_of_two(tmp_path / "voice")
+    with lastgood.Checkpointer(f"{tmp_path}\\{spelling}", 模型=torch.zeros(3), note="") as ckpt:
+        assert ckpt.restore() == 2
+    assert os.listdir(tmp_path) == ["voice"]
+    lastgood.save({"w": torch.ones(1)}, str(tmp_path / "last.pth") + ". .")
+    assert torch.equal(lastgood.load(tmp_path / "last.pth")["w"], torch.ones(1))
+
+
+@windows
+def test_the_form_without_a_limit_has_no_trailing_dots_either() -> None:
+    """It would make a directory that no other program can open."""
+    assert disk._native(Path("C:\\" + "d" * 250 + " . .")) == "\\\\?\\C:\\" + "d" * 250
+
+
+@windows
+def test_a_drive_letter_in_another_case_or_left_out_is_the_same_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of_two(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    letter, rest = os.path.splitdrive(str(tmp_path / "run"))
+    for spelling in (letter.swapcase() + rest, rest, letter + "run", (letter + rest).replace("\\", "/"), "run"):
+        with lastgood.Checkpointer(spelling, 模型=torch.zeros(3), note="") as ckpt:
+            assert ckpt.restore() == 2, spelling
+
+
+def test_a_user_with_a_chinese_name_and_temporary_directory(tmp_path: Path) -> None:
+    home = tmp_path / "用户" / "张三"
+    (home / "Temp").mkdir(parents=True)
+    names = dict.fromkeys(("TEMP", "TMP", "TMPDIR"), str(home / "Temp"))
+    names |= dict.fromkeys(("HOME", "USERPROFILE", "APPDATA", "LOCALAPPDATA"), str(home))
+    names |= dict.fromkeys(("USERNAME", "USER", "LOGNAME"), "张三")
+    script = home / "训练.py"
+    script.write_text("import torch; torch.save({'w': torch.ones(3)}, '最新.pth')", encoding="utf-8")
+    command_line = [sys.executable, "-m", "lastgood", "run", "--", sys.executable, str(script)]
+    done = subprocess.run(command_line, cwd=home, env={**os.environ, **names}, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+    assert b"1 files saved" in done.stderr
+    assert torch.equal(lastgood.load(home / "最新.pth")["w"], torch.ones(3))
+    done = command("verify", str(home), **names)
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
 
 
 @windows
@@ -153,6 +201,50 @@ def test_doctor_knows_the_drive_and_the_folders_of_clouds(tmp_path: Path) -> Non
     assert not [level for level, _ in plain.values() if level == "broken"], plain
     assert "cloud" not in plain
     assert findings(tmp_path / "OneDrive - 公司")["cloud"][0] == "risk"
+
+
+@windows
+@pytest.mark.parametrize(
+    ("drive", "system", "words"),
+    [(4, "NTFS", "a Windows share"), (3, "FAT32", "no journal"), (2, "exFAT", "no journal"), (6, "NTFS", "is memory")],
+)
+def test_doctor_names_network_drives_and_fat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drive: int, system: str, words: str
+) -> None:
+    """As Windows describes them: Wine has no such drive here."""
+    import ctypes
+
+    def volume(root: str, *rest: Any) -> int:
+        rest[-2].value = system
+        return 1
+
+    kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined, unused-ignore]
+    monkeypatch.setattr(kernel32, "GetDriveTypeW", lambda root: drive)
+    monkeypatch.setattr(kernel32, "GetVolumeInformationW", volume)
+    (found,) = probes._kind(tmp_path)
+    assert found.level in ("risk", "broken") and words in found.text
+
+
+@windows
+def test_ctrl_break_from_another_process_saves_and_ends_with_75(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, lastgood\n"
+        "for step in lastgood.Checkpointer(sys.argv[1], x=1).steps(10**9):\n"
+        "    step == 1 and print('training', flush=True)\n"
+        "    time.sleep(0.01)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined, unused-ignore]
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline().strip() == b"training"
+        process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined, unused-ignore]
+        assert process.wait(100) == 75
+    finally:
+        process.kill()
+    assert len(catalog.committed(tmp_path)) == 1
 
 
 @windows

@@ -3,12 +3,7 @@
 import os
 
 import torch
-
-
-def note(variable, step):
-    with open(os.environ[variable], "a") as file:
-        file.write(f"{step}\n")
-
+from notes import note
 
 state = {"step": 0, "w": torch.zeros(300)}
 if os.path.exists("last.pth"):

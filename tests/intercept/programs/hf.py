@@ -3,13 +3,9 @@
 import os
 
 import torch
+from notes import note, note_end
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-
-
-def note(variable, step):
-    with open(os.environ[variable], "a") as file:
-        file.write(f"{step}\n")
 
 
 class Loop(Trainer):
@@ -39,3 +35,5 @@ trainer.train(resume_from_checkpoint=last)
 step = int(last.rsplit("-", 1)[1]) if last else 0
 assert not os.environ.get("RESUME_ONLY") or trainer.state.global_step == 4
 note("RESUMED", step)
+if os.environ.get("RANK", "0") == "0":
+    note_end(model.state_dict())

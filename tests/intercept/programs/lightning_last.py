@@ -7,14 +7,10 @@ import warnings
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from notes import note, note_end
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-
-def note(variable, step):
-    with open(os.environ[variable], "a") as file:
-        file.write(f"{step}\n")
 
 
 class Model(lightning.LightningModule):
@@ -30,8 +26,6 @@ class Model(lightning.LightningModule):
 
     def on_train_start(self):
         note("RESUMED", self.global_step)
-        if "RESUME_ONLY" in os.environ:
-            self.trainer.should_stop = True
 
 
 class Notes(ModelCheckpoint):
@@ -40,9 +34,12 @@ class Notes(ModelCheckpoint):
         note("ACK", trainer.global_step)
 
 
+torch.manual_seed(0)
 epochs = 4 if "RESUME_ONLY" in os.environ else 3
 trainer = lightning.Trainer(
     max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
     enable_model_summary=False, callbacks=[Notes(dirpath="ckpt", save_last=True, save_top_k=1, every_n_epochs=1)],
 )  # fmt: skip
-trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(4, 8), batch_size=4), ckpt_path="last")
+model = Model()
+trainer.fit(model, torch.utils.data.DataLoader(torch.randn(4, 8), batch_size=4), ckpt_path="last")
+note_end(model.state_dict())

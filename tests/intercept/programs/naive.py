@@ -4,12 +4,7 @@ import json
 import os
 
 import torch
-
-
-def note(variable, step):
-    with open(os.environ[variable], "a") as file:
-        file.write(f"{step}\n")
-
+from notes import note
 
 state = {"step": 0, "w": torch.zeros(300)}
 if os.path.exists("last.pth"):
@@ -23,4 +18,5 @@ if "RESUME_ONLY" not in os.environ:
         with open("state.json", "w") as file:
             json.dump({"step": step, "text": "x" * 1000}, file)
         torch.save({"step": step, "w": torch.full((300,), float(step))}, "last.pth")
-        note("ACK", step)
+        if os.environ.get("RANK", "0") == "0":
+            note("ACK", step)

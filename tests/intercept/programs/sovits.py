@@ -8,13 +8,9 @@ from io import BytesIO
 from time import time as ttime
 
 import torch
+from notes import note
 
 OUT = os.environ["OUT"]
-
-
-def note(variable, step):
-    with open(os.environ[variable], "a") as file:
-        file.write(f"{step}\n")
 
 
 def my_save(fea, path):

@@ -83,10 +83,13 @@ def write(target: str, versions: list[Version]) -> None:
 
     A line is added, and the journal is not replaced: a rename over a file makes some file systems flush it, which
     takes longer than saving a small model.
+
+    Raises:
+        OSError: not all of it could be written. The file must not be put in place then, for a pair could not be undone.
     """
     path = _journal(target)
     line = json.dumps([version.__dict__ for version in versions]).encode() + b"\n"
-    with system.open_file(path, "ab", buffering=0) as file:
+    with system.open_file(path, "ab") as file:
         if file.tell() == 0 or file.tell() < _COMPACT:
             # On a line of its own, wherever a crash left the one before.
             file.write(b"\n" + line if file.tell() else line)

@@ -211,10 +211,14 @@ class Saver:
     ) -> journal.Version | None:
         """What rank 0 of this run put here while this rank was saving, or since its last time and in the same round.
 
-        Rank 0 itself never looks: its file is put in place whatever others did, so that it has the last word.
+        A rank that is late must not put an old state over a newer one: what rank 0 put in a later round counts too,
+        if this process was there already, for the rounds of another job are not comparable. Rank 0 itself never looks:
+        its file is put in place whatever others did, so that it has the last word.
         """
         for version in reversed(versions):
-            since = before if version.round == round_ else called
+            since = called
+            if version.round >= round_:
+                since = before if version.round == round_ else system.started
             if version.run == self.settings.run and version.rank == 0 and version.time >= since:
                 return version
         return None

@@ -39,7 +39,8 @@ _threads: dict[str, threading.RLock] = {}  # type: ignore[valid-type, unused-ign
 LOCK_DEADLINE = 60.0
 """Seconds to wait for another process that is putting a file in place."""
 
-_started = time.time()
+started = time.time()
+"""When this process, or the one that it was forked from, began to save: seconds since 1970."""
 temporary_count = 0
 
 

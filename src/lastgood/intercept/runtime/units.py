@@ -48,6 +48,8 @@ class Units:
         self._settings = settings
         self._report = report
         self._open: dict[str, dict[str, Any]] = {}
+        self._outdated: dict[str, list[str]] = {}
+        """By mark, those of dead writers of the same checkpoint, which could not be set aside and is written anew."""
         self._told_by_framework: set[str] = set()
         self._timer: threading.Timer | None = None
         atexit.register(self._at_exit)
@@ -94,6 +96,7 @@ class Units:
                 "saved": [],
             }
             self._write(marker)
+            self._outdated[marker] = [] if unit.group else self._of_dead_writers(marker)
         name = os.path.basename(target)
         if unit.group and name not in self._open[marker]["saved"]:
             self._open[marker]["saved"].append(name)
@@ -137,8 +140,20 @@ class Units:
 
     def _end(self, marker: str) -> None:
         self._open.pop(marker, None)
-        with contextlib.suppress(OSError):
-            system.remove(marker)
+        for mark in (marker, *self._outdated.pop(marker, [])):
+            with contextlib.suppress(OSError):
+                system.remove(mark)
+
+    def _of_dead_writers(self, marker: str) -> list[str]:
+        private, own = os.path.split(marker)
+        same = own.rsplit("-", 1)[0] + "-"
+        found = [name for name in system.listdir(private) if name.startswith(same) and name != own]
+        pids = {name: name[len(same) :].removesuffix(".json") for name in found}
+        return [
+            os.path.join(private, name)
+            for name in found
+            if pids[name].isdigit() and not system.is_alive(int(pids[name]))
+        ]
 
     def _end_directories(self, directory: str) -> None:
         """The program has gone on to the next checkpoint, so the one before is finished."""
@@ -182,11 +197,15 @@ class Units:
                     if not content["group"] and content["run"] != self._settings.run:
                         hidden.update(content["names"])
                 else:
+                    # Until it is out of the way: on Windows, a program that has a file in it open can prevent that.
+                    out_of_sight = [] if content["group"] else content["names"]
+                    hidden.update(out_of_sight)
                     self._set_aside(directory, marker, content)
+                    hidden.difference_update(out_of_sight)
             except FileNotFoundError:
                 continue  # Another rank was faster.
             except (OSError, ValueError, KeyError) as error:
-                self._report.say(f"{marker} cannot be dealt with: {error!r}")
+                self._report.say_once(os.path.basename(marker), f"{marker} cannot be dealt with: {error!r}")
         return hidden
 
     def _set_aside(self, directory: str, marker: str, content: dict[str, Any]) -> None:

@@ -1,0 +1,171 @@
+"""`lastgood run` reaches every Python below it, whatever it is, and says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_run import posix, start
+
+from lastgood.cli.run import run as command
+from lastgood.intercept import launch
+
+
+def test_children_of_every_kind_are_reached(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import multiprocessing, os, subprocess, sys
+        import torch, torch.multiprocessing
+        def child(index, name):
+            torch.save([index], f"{name}.pth")
+        class Data(torch.utils.data.Dataset):
+            def __len__(self): return 1
+            def __getitem__(self, index):
+                torch.save([index], "worker.pth"); return 0
+        if __name__ == "__main__":
+            torch.multiprocessing.spawn(child, args=("spawn",), nprocs=1)
+            process = multiprocessing.get_context("fork").Process(target=child, args=(0, "fork"))
+            process.start(); process.join()
+            list(torch.utils.data.DataLoader(Data(), num_workers=1))
+            subprocess.run([sys.executable, "-c", "import torch; torch.save([1], 'subprocess.pth')"], check=True)
+        """,
+    )
+    assert code == 0, output
+    for name in ("spawn", "fork", "worker", "subprocess"):
+        assert (tmp_path / ".lastgood" / f"{name}.pth.jsonl").exists(), (name, output)
+    assert "4 files saved" in output
+
+
+def test_a_sitecustomize_of_the_user_runs_too(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("print('the own one ran')")
+    path = os.pathsep.join([str(tmp_path / "own"), os.environ.get("PYTHONPATH", "")])
+    code, output = start(tmp_path, "import sys; print(sys.modules['sitecustomize'].__file__)", PYTHONPATH=path)
+    assert code == 0
+    assert "the own one ran" in output and os.path.join("own", "sitecustomize.py") in output
+
+
+def test_nothing_is_loaded_before_torch_is(tmp_path: Path) -> None:
+    code, output = start(tmp_path, "import sys; print([n for n in sys.modules if n.startswith('_lastgood_run')])")
+    assert code == 0
+    assert "[]" in output
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "3.0.0", "nonsense"])
+def test_an_unknown_torch_switches_it_off_with_one_warning(tmp_path: Path, version: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        f"__version__ = {version!r}\ndef save(obj, f): open(f, 'w').write('plain')\ndef load(f): pass\n"
+    )
+    code, output = start(
+        tmp_path,
+        """
+        import subprocess, sys, torch
+        torch.save(1, "a.pth")
+        assert open("a.pth").read() == "plain"
+        if len(sys.argv) == 1: subprocess.run([sys.executable, __file__, "again"], check=True)
+        """,
+    )
+    assert code == 0, output
+    assert output.count("NOT made safe") == 1
+    assert not (tmp_path / ".lastgood").exists()
+
+
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", 143)])
+@posix
+def test_the_exit_code_is_the_programs(tmp_path: Path, ending: str, code: int) -> None:
+    assert start(tmp_path, f"import os, sys\n{ending}")[0] == code
+
+
+@posix
+def test_a_python_that_ignores_us_is_named_and_can_be_fixed(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "v")], check=True)
+    python = str(tmp_path / "v" / "bin" / "python")
+    assert launch.blind_python([python, "script.py"]) is None
+    assert "--install" in (launch.blind_python([python, "-I", "script.py"]) or "")
+    assert "-S" in (launch.blind_python([python, "-I", "-S", "script.py"]) or "")
+    result = CliRunner().invoke(command, ["--install", python])
+    assert result.exit_code == 0, result.output
+    assert launch.blind_python([python, "-I", "script.py"]) is None
+    result = CliRunner().invoke(command, ["--uninstall", python])
+    assert "was removed" in result.output
+    assert launch.blind_python([python, "-I", "script.py"]) is not None
+    assert "nothing of ours" in CliRunner().invoke(command, ["--uninstall", python]).output
+
+
+def test_a_command_that_does_not_exist() -> None:
+    result = CliRunner().invoke(command, ["--", "no-such-program-here"])
+    assert result.exit_code == 127
+
+
+def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path) -> None:
+    (tmp_path / "GPT_SoVITS").mkdir()
+    (tmp_path / "GPT_SoVITS" / "s2_train.py").write_text("try: pass\nexcept: pass")
+    (tmp_path / "GPT_SoVITS" / "utils.py").write_text("shutil.move(tmp_path, x)")
+    script = str(tmp_path / "GPT_SoVITS" / "s2_train.py")
+    result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, script])
+    assert result.exit_code == 0, result.output
+    assert "2 known saving defects" in result.output and "Preset gpt-sovits" in result.output
+
+
+def test_settings_that_cannot_be_read_are_no_crash(tmp_path: Path) -> None:
+    code, output = start(tmp_path, "import torch; torch.save([1], 'a.pth')", protected=False, LASTGOOD_RUN="{")
+    assert code == 0, output
+    environment = {**launch.environment(launch.Settings()), "LASTGOOD_RUN": json.dumps([])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "NOT made safe" in done.stderr
+
+
+def starts(python: str) -> bool:
+    """Whether there is a Python behind the name: a version manager's stand-ins are on the PATH without one."""
+    return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+
+
+NAMES = [f"python3.{minor}" for minor in range(6, 16)]
+FOUND = [path for name in NAMES if (path := shutil.which(name)) and starts(path)]
+
+
+@pytest.mark.parametrize("python", FOUND or [sys.executable])
+def test_the_runtime_runs_in_other_pythons_without_our_packages(tmp_path: Path, python: str) -> None:
+    version = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+    assert version.returncode == 0
+    (tmp_path / "torch").mkdir()
+    stub = Path(__file__).parent / "programs" / "stub_torch.py"
+    (tmp_path / "torch" / "__init__.py").write_text(stub.read_text())
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, shutil, sys, torch, zipfile
+            for i in range(3): torch.save([i], "last.pth")
+            torch.save([9], "a.pth")
+            shutil.move("a.pth", "last.pth"); os.replace("last.pth", "b.pth"); shutil.copy("b.pth", "last.pth")
+            with open("x.json", "w") as file: json.dump(1, file)
+            with zipfile.ZipFile("z.npz", "w") as archive: archive.writestr("a", "b")
+            os.makedirs("checkpoint-1"); torch.save([1], "checkpoint-1/m.pth")
+            assert torch.load("last.pth") == [9]
+            print(sorted(name for name in os.listdir(".lastgood") if name.endswith(".jsonl")))
+            """
+        )
+    )
+    variables = launch.environment(
+        launch.Settings(run="r", complete=["checkpoint-*"], save_on="rank0"), dict(os.environ)
+    )
+    variables["PYTHONPATH"] = str(launch.INJECT)
+    done = subprocess.run([python, str(script)], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    if tuple(int(part) for part in version.stdout.split()) < (3, 8):
+        assert "3.8 or newer is needed" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['b.pth.jsonl', 'last.pth.jsonl', 'x.json.jsonl', 'z.npz.jsonl']"

@@ -1,0 +1,90 @@
+"""`lastgood verify` on what `lastgood run` saved: each damaged file has exit code 1 and its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from test_run import start
+
+from lastgood.cli import main
+
+PROGRAM = """
+    import json, os
+    import numpy, torch
+    from safetensors.torch import save_file
+
+    os.makedirs("logs/训练", exist_ok=True)
+    for step in (1, 2):
+        torch.save({"step": step, "w": torch.randn(1000)}, "last.pth")
+    save_file({"w": torch.randn(1000)}, "model.safetensors")
+    torch.save({"w": torch.randn(1000)}, "logs/训练/G_1.pth")
+    torch.save({"w": torch.randn(1000)}, "old.pth", _use_new_zipfile_serialization=False)
+    numpy.savez("state.npz", a=numpy.random.rand(1000))
+    with open("state.json", "w") as file:
+        json.dump({"text": "x" * 1000}, file)
+"""
+FILES = ["last.pth", "model.safetensors", "logs/训练/G_1.pth", "old.pth", "state.npz", "state.json"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("made")
+    code, output = start(directory, PROGRAM)
+    assert code == 0, output
+    return directory
+
+
+@pytest.fixture
+def saved(made: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage. Hard links become files of their own, as on a file system without them."""
+    return Path(shutil.copytree(made, tmp_path / "saved"))
+
+
+def verify(directory: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["verify", str(directory), *options], env={"LASTGOOD_LANG": "en"})
+
+
+def test_what_was_saved_is_found_good(saved: Path) -> None:
+    result = verify(saved, "--json")
+    assert result.exit_code == 0, result.output
+    found = {Path(entry["path"]).relative_to(saved).as_posix() for entry in json.loads(result.stdout)}
+    assert {name for name in found if not name.startswith(".lastgood/history/last.pth.")} == set(FILES)
+    assert len(found) == len(FILES) + 1
+
+
+@pytest.mark.parametrize("damage", ["a changed byte", "cut off", "emptied"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
+    path = saved / name
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 0x10
+    path.write_bytes({"a changed byte": data, "cut off": data[: len(data) // 2], "emptied": b""}[damage])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # A disk that fails leaves no date.
+    result = verify(saved)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stdout.splitlines() if "DAMAGED" in line]
+    assert str(path) in line
+    assert f"{len(FILES) + 1} checked, 1 damaged" in result.stdout
+
+
+def test_a_damaged_earlier_version_is_named(saved: Path) -> None:
+    (kept,) = (saved / ".lastgood" / "history").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    result = verify(saved)
+    assert result.exit_code == 1 and f"DAMAGED  {kept}" in result.stdout
+
+
+def test_a_file_that_was_deleted_is_no_damage(saved: Path) -> None:
+    (saved / "last.pth").unlink()
+    assert verify(saved).exit_code == 0
+
+
+def test_a_directory_without_a_journal_is_a_usage_error(tmp_path: Path) -> None:
+    result = verify(tmp_path)
+    assert result.exit_code == 2 and "saved nothing there" in result.stderr
