@@ -349,6 +349,7 @@ class Checkpointer:
         self._last_step, self._saved_objects, self._handle = step, state.objects, handle
         handle.stall = time.monotonic() - began
         self._saving = self._saver.start(request, handle)
+        self._snapshot.begin()
         if blocking:
             handle.wait()
         return handle

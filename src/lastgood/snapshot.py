@@ -74,6 +74,8 @@ class Snapshot:
         # Kept: to start a thread takes milliseconds of the training's time when the thread is busy.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="lastgood-snapshot")
         self._filled = 0
+        self._late: list[_Late] = []
+        """What is to be copied in the background, until that has begun."""
         self._failure: str | None = None
         self._kept: dict[str, tuple[int, str]] = {}
         """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
@@ -95,7 +97,7 @@ class Snapshot:
         still: frozenset[str] = frozenset(),
         unchanged: frozenset[str] = frozenset(),
     ) -> None:
-        """Begin to copy the state. When it returns, training may change every tensor that is not in `steady`.
+        """Copy the state, but for what :meth:`begin` does. Training may then change every tensor not in `steady`.
 
         The caller makes sure that nobody reads the buffer any more, and that :meth:`wait` is called before a steady
         tensor changes.
@@ -150,6 +152,15 @@ class Snapshot:
                 self._queued = queued
         with self._news:
             self._filled = late[0].piece.at if late else self.layout.size
+            self._late = late
+
+    def begin(self) -> None:
+        """Begin with the copying in the background, where nobody has yet: the last thing that a save does.
+
+        From then on it competes for the interpreter.
+        """
+        with self._news:
+            late, self._late = self._late, []
         if late:
             try:
                 self._background.submit(self._copy, late)
@@ -161,6 +172,7 @@ class Snapshot:
 
         With CUDA tensors the GPU waits instead, on its current stream.
         """
+        self.begin()
         self._look_at_queued()
         for event in self._events:
             torch.cuda.current_stream().wait_event(event)
@@ -180,6 +192,7 @@ class Snapshot:
 
     def await_bytes(self, end: int) -> None:
         """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment."""
+        self.begin()
         for event in list(self._events):
             event.synchronize()
         self._look_at_queued()
