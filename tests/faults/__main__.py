@@ -9,6 +9,7 @@
     python -m tests.faults hostile                thousands of hostile files of every kind
     python -m tests.faults jobs                   two jobs on one run; runs that are copied, moved, put back
     python -m tests.faults damage                 flipped bits and lost sectors
+    python -m tests.faults network                two hosts whose link is cut, slow or lossy
     python -m tests.faults --full                 all of them, in their full form
 
 With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
@@ -20,7 +21,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, damage, ddp, failing, hostile, power, powerloss, soak, twojobs
+from tests.faults import crash, damage, ddp, failing, hostile, network, power, powerloss, soak, twojobs
 from tests.faults.report import Result, record
 
 
@@ -75,6 +76,10 @@ def _damage(options: argparse.Namespace) -> Result:
     return damage.run(positions=options.count or 10_000)
 
 
+def _network(options: argparse.Namespace) -> Result:
+    return network.run(list(network.cases(1 if options.full else 4)))
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
     "ddp": _ddp,
@@ -84,6 +89,7 @@ CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "soak": _soak,
     "hostile": _hostile,
     "jobs": _jobs,
+    "network": _network,
     "damage": _damage,
 }
 
@@ -117,7 +123,9 @@ def main(arguments: list[str]) -> int:
         print(result.text(), flush=True)
         if options.record:
             wanted = [argument for argument in arguments if argument != "--record"]
-            record(" ".join([name, *wanted[1:]]), result, " ".join(["python -m tests.faults", *wanted]))
+            # A record of other world sizes stands beside the usual one.
+            key = f"{name} --ranks {','.join(map(str, options.ranks))}" if options.ranks else name
+            record(key, result, " ".join(["python -m tests.faults", *wanted]))
     return 1 if bad else 0
 
 
