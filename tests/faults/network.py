@@ -32,7 +32,7 @@ FAULT_AT = 3
 """The save in which the link fails."""
 Fault = Literal["cut for good", "cut longer than the deadline", "cut for a moment", "slow", "lossy"]
 FAULTS: tuple[Fault, ...] = ("cut for good", "cut longer than the deadline", "cut for a moment", "slow", "lossy")
-_CUTS = {"cut for good": FOREVER, "cut longer than the deadline": 2.5 * DEADLINE, "cut for a moment": 0.25 * DEADLINE}
+_CUTS = {"cut for good": FOREVER, "cut longer than the deadline": 1.25 * DEADLINE, "cut for a moment": 0.25 * DEADLINE}
 
 
 @dataclass(frozen=True)
