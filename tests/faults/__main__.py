@@ -9,6 +9,8 @@
     python -m tests.faults hostile                thousands of hostile files of every kind
     python -m tests.faults jobs                   two jobs on one run; runs that are copied, moved, put back
     python -m tests.faults damage                 flipped bits and lost sectors
+    python -m tests.faults network                two hosts whose link is cut, slow or lossy
+    python -m tests.faults peers                  kills, flipped bits and full disks, beside what others lose
     python -m tests.faults --full                 all of them, in their full form
 
 With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
@@ -20,7 +22,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from tests.faults import crash, damage, ddp, failing, hostile, power, powerloss, soak, twojobs
+from tests.faults import crash, damage, ddp, failing, hostile, losses, network, power, powerloss, soak, twojobs
 from tests.faults.report import Result, record
 
 
@@ -75,6 +77,15 @@ def _damage(options: argparse.Namespace) -> Result:
     return damage.run(positions=options.count or 10_000)
 
 
+def _network(options: argparse.Namespace) -> Result:
+    return network.run(list(network.cases(1 if options.full else 4)))
+
+
+def _peers(options: argparse.Namespace) -> Result:
+    count = options.count or (200 if options.full else 25)
+    return losses.run(kills=count, flips=count, names=options.files or ())
+
+
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "crash": _crash,
     "ddp": _ddp,
@@ -84,6 +95,8 @@ CAMPAIGNS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "soak": _soak,
     "hostile": _hostile,
     "jobs": _jobs,
+    "network": _network,
+    "peers": _peers,
     "damage": _damage,
 }
 
@@ -103,8 +116,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
     parser.add_argument("--cuts", type=int, help="power: on each file system")
     parser.add_argument("--saves", type=int, help="soak: at least so many; with --full for an hour besides")
-    parser.add_argument("--count", type=int, help="hostile, jobs: so many of each kind; damage: flipped bits")
-    parser.add_argument("--files", type=_words, help="hostile: only kinds with one of these words in the name")
+    parser.add_argument("--count", type=int, help="hostile, jobs, peers: so many of each kind; damage: flipped bits")
+    parser.add_argument("--files", type=_words, help="hostile, peers: only those with one of these words in the name")
     options = parser.parse_args(arguments)
     if options.campaign is None and not options.full:
         parser.error("name a campaign, or pass --full for all of them")
@@ -117,7 +130,9 @@ def main(arguments: list[str]) -> int:
         print(result.text(), flush=True)
         if options.record:
             wanted = [argument for argument in arguments if argument != "--record"]
-            record(" ".join([name, *wanted[1:]]), result, " ".join(["python -m tests.faults", *wanted]))
+            # A record of other world sizes stands beside the usual one.
+            key = f"{name} --ranks {','.join(map(str, options.ranks))}" if options.ranks else name
+            record(key, result, " ".join(["python -m tests.faults", *wanted]))
     return 1 if bad else 0
 
 

@@ -110,6 +110,7 @@ class Notes:
 
     def __init__(self, directory: Path, rank: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
         self._file = os.open(directory / f"{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def write(self, what: str, **fields: Any) -> None:

@@ -26,6 +26,8 @@ class Result:
     failed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What else there is to know: what was found to be redundant, what could not be tried and why."""
+    tables: list[str] = field(default_factory=list)
+    """Further tables, in Markdown."""
     seconds: float = 0.0
 
     @contextmanager
@@ -43,6 +45,8 @@ class Result:
         """The figures as Markdown."""
         lines = [f"{self.summary}, in {self.seconds / 60:.1f} minutes.", "", "| fault | tried |", "| --- | ---: |"]
         lines += [f"| {what} | {count} |" for what, count in self.tried.items()]
+        for table in self.tables:
+            lines += ["", table]
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         if self.failed:

@@ -160,8 +160,13 @@ def vanished(place: Path, draw: random.Random) -> Iterator[str]:
     second = start(run, place / "second", machine="B")
     taken = await_note(place / "second", "committed", KEPT + 1)["step"]
     before = {name for number, _, name in committed(run) if number == 1}
+
+    def harm() -> None:
+        if {name for number, _, name in committed(run) if number == 1} - before:
+            first.kill()
+
     first.signal(signal.SIGCONT)
-    codes = first.wait()
+    codes = first.wait(tick=harm)
     if codes[0] not in (3, _FAILED):
         yield f"the replaced job ended with {codes}\n{first.log()}"
     after = {name for number, _, name in committed(run) if number == 1}
