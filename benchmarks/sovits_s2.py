@@ -120,7 +120,7 @@ def measure_speed(config: Config, rounds: int, device: torch.device, clock: Call
 
 
 def peak_memory(name: str, version: str, batch_size: int) -> int:
-    """Bytes that a process of its own has used at most, in three steps of `name`."""
+    """Bytes that a process of its own has used at most, in two steps of `name`."""
     command = [sys.executable, "-m", "benchmarks.sovits_s2", "--peak-of", name, "--version", version]
     command += ["--batch-size", str(batch_size), "--threads", str(torch.get_num_threads())]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -130,7 +130,7 @@ def _own_peak(name: str, config: Config) -> int:
     import resource
 
     step = make_step(name, config, torch.device("cpu"))
-    for batch in make_batches(config, 3):
+    for batch in make_batches(config, 2):
         step(batch)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
