@@ -18,7 +18,7 @@ import soundfile  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from lastgood.files import replace_file
+from lastgood import replace_file
 from lastgood_sovits.audio import read_wave
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.speaker import SpeakerVectors

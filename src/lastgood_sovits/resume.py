@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lastgood.errors import LastGoodError
+from lastgood import LastGoodError
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.weights import Weights, read_weights
 from lastgood_sovits.weights_format import LATEST

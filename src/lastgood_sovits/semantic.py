@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from lastgood.files import replace_file
+from lastgood import replace_file
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s2.dataset import FEATURES, load_tensor, read_phonemes
 from lastgood_sovits.s2.quantizer import Quantizer

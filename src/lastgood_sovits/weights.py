@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 
-from lastgood import disk, torchfile
-from lastgood.errors import DamagedError, LastGoodError, RefusedError
+import lastgood
+from lastgood import DamagedError, LastGoodError, RefusedError
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.weights_format import (
     HEADERS,
@@ -101,8 +101,7 @@ class _Restored(io.RawIOBase):
 @contextmanager
 def open_restored(path: Path) -> Iterator[tuple[BinaryIO, bytes, int]]:
     """(the file as torch wrote it, its first 8192 bytes as they are, its size in bytes). Raises OSError."""
-    with disk.open_read(path) as raw:
-        file: BinaryIO = io.BufferedReader(cast(io.RawIOBase, raw))
+    with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         head = file.read(PRETRAINED_BYTES)
@@ -119,7 +118,7 @@ def read_weights(path: str | Path, *, map_location: str | torch.device = "cpu") 
     path = Path(path)
     try:
         with open_restored(path) as (file, head, size):
-            content = torchfile.read(file, map_location=map_location, records=RECORDS)
+            content = lastgood.read_torch_file(file, map_location=map_location, records=RECORDS)
             metadata = _metadata(file) if head[8:9] == b"{" else None
     except LastGoodError as error:
         kind = next(kind for kind in (DamagedError, RefusedError, LastGoodError) if isinstance(error, kind))

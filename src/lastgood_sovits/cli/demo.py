@@ -25,7 +25,7 @@ def demo(nproc: int, keep_files: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lastgood.errors import LastGoodError
+    from lastgood import LastGoodError
     from lastgood_sovits.demo.story import tell
     from lastgood_sovits.errors import SovitsError
 

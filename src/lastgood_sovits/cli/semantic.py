@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lastgood.errors import LastGoodError
+from lastgood import LastGoodError
 from lastgood_sovits.errors import SovitsError
 
 

@@ -48,7 +48,7 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
             from lastgood_sovits.train.launch import launch
 
             sys.exit(launch(["train", stage, "--config", str(config), *_arguments(given)], nproc))
-    from lastgood.errors import LastGoodError
+    from lastgood import LastGoodError
     from lastgood_sovits.errors import SovitsError
     from lastgood_sovits.train.options import Options
     from lastgood_sovits.train.program import train as run

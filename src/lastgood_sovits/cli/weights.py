@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from lastgood import disk, torchfile
-from lastgood.errors import LastGoodError
-from lastgood.files import replace_file
+import lastgood
+from lastgood import LastGoodError
 from lastgood_sovits.convert import Header
 from lastgood_sovits.convert import convert as convert_weights
 from lastgood_sovits.errors import SovitsError
@@ -81,11 +80,11 @@ def verify(files: tuple[Path, ...], as_json: bool) -> None:
 @_JSON
 def convert(source: Path, target: Path, header: Header, force: bool, as_json: bool) -> None:
     """Write the weights in SOURCE to TARGET (.safetensors, .pth, .ckpt), with plain values for pickled classes."""
-    if disk.exists(target) and not force:
+    if target.exists() and not force:
         raise click.ClickException(f"{target} exists; --force replaces it")
     try:
-        converted = convert_weights(source, target, header=header, replace_file=replace_file)
-        size = disk.file_size(target)
+        converted = convert_weights(source, target, header=header, replace_file=lastgood.replace_file)
+        size = target.stat().st_size
     except (LastGoodError, SovitsError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -119,7 +118,7 @@ def _checked(file: Path) -> dict[str, Any]:
     """Damage first; then whether it can be read as what it says."""
     try:
         with open_restored(file) as (stream, _, _):
-            info = torchfile.inspect(stream)
+            info = lastgood.inspect_torch_file(stream)
         problems = list(info.damage)
         checksums = info.checksums
         if not problems:

@@ -57,7 +57,7 @@ class PeriodDiscriminator(nn.Module):
 def _judge(x: Tensor, convs: nn.ModuleList, conv_post: nn.Module) -> Judgement:
     features = []
     for conv in convs:
-        x = F.leaky_relu(conv(x), LEAK)
+        x = F.leaky_relu_(conv(x), LEAK)  # in place: the gradient of a convolution does not need what it returned
         features.append(x)
     scores = conv_post(x)
     features.append(scores)

@@ -5,6 +5,7 @@ loaded in step with the optimizer, whose state already holds the decayed rate; d
 """
 
 from itertools import chain
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -59,7 +60,14 @@ def build_optimizers(generator: Synthesizer, discriminator: nn.Module, train: Tr
     lowered = set(chain.from_iterable(part.parameters() for part in text_parts))
     base = [parameter for parameter in generator.parameters() if parameter not in lowered]
     groups = [{"params": base}, *({"params": list(part.parameters())} for part in text_parts)]
-    optimizer_g = AdamW(groups, train.learning_rate, betas=train.betas, eps=train.eps)
-    optimizer_d = AdamW(discriminator.parameters(), train.learning_rate, betas=train.betas, eps=train.eps)
+    # Fused: one pass over the memory instead of a dozen.
+    optimizer_g = AdamW(groups, train.learning_rate, betas=train.betas, eps=train.eps, fused=True)
+    optimizer_d = AdamW(discriminator.parameters(), train.learning_rate, betas=train.betas, eps=train.eps, fused=True)
     set_learning_rates(optimizer_g, optimizer_d, train, epoch=1)
     return optimizer_g, optimizer_d
+
+
+def published_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The state as upstream's files have it: the reader chooses how its steps are computed."""
+    state: dict[str, Any] = optimizer.state_dict()
+    return {**state, "param_groups": [{**group, "fused": None} for group in state["param_groups"]]}

@@ -62,8 +62,12 @@ def kmeans(rows: Tensor, n_clusters: int, iterations: int = KMEANS_ITERATIONS) -
         rows = _draw(rows, KMEANS_SAMPLES)
     centres = _draw(rows, n_clusters)
     sizes = rows.new_zeros(n_clusters)
+    before: Tensor | None = None
     for _ in range(iterations):
         owner = nearest(rows, centres)
+        if before is not None and torch.equal(owner, before):
+            break  # no centre will move any more
+        before = owner
         sizes = torch.bincount(owner, minlength=n_clusters).to(rows.dtype)
         sums = torch.zeros_like(centres).index_add_(0, owner, rows)
         centres = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], centres)

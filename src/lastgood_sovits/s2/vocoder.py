@@ -26,7 +26,7 @@ class ResBlock1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for dilated, plain in zip(self.convs1, self.convs2, strict=True):
-            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, LEAK)), LEAK))
+            x = plain(F.leaky_relu_(dilated(F.leaky_relu(x, LEAK)), LEAK)).add_(x)
         return x
 
 
@@ -41,7 +41,7 @@ class ResBlock2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for dilated in self.convs:
-            x = x + dilated(F.leaky_relu(x, LEAK))
+            x = dilated(F.leaky_relu(x, LEAK)).add_(x)
         return x
 
 
@@ -79,12 +79,13 @@ class Generator(nn.Module):
         self.cond = nn.Conv1d(gin_channels, upsample_initial_channel, 1)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        x = self.conv_pre(x) + self.cond(g)
+        # In place wherever no gradient needs what was there before: these tensors are the largest of a step.
+        x = self.conv_pre(x).add_(self.cond(g))
         for stage, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, LEAK))
+            x = up(F.leaky_relu_(x, LEAK))
             blocks = self.resblocks[stage * self.n_kernels : (stage + 1) * self.n_kernels]
             total = blocks[0](x)
             for block in blocks[1:]:
-                total = total + block(x)
-            x = total / self.n_kernels
-        return torch.tanh(self.conv_post(F.leaky_relu(x)))
+                total.add_(block(x))
+            x = total.div_(self.n_kernels)
+        return torch.tanh(self.conv_post(F.leaky_relu_(x)))

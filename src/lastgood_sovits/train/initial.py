@@ -73,9 +73,12 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Pa
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any] | None, path: Path) -> None:
-    """Loads an optimizer's state. Raises SovitsError where it is not one of this model's."""
+    """Loads an optimizer's state; how its steps are computed stays. Raises SovitsError where it is of another model."""
     if state is None:
         raise SovitsError(f"{path} has no optimizer state, so its training cannot be continued; use it as pretrained")
+    if "fused" in optimizer.defaults:
+        own = {"fused": optimizer.defaults["fused"]}
+        state = {**state, "param_groups": [{**group, **own} for group in state.get("param_groups", [])]}
     try:
         optimizer.load_state_dict(dict(state))
     except (ValueError, KeyError, RuntimeError) as error:

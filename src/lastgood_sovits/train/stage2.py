@@ -19,7 +19,7 @@ from lastgood_sovits.resume import resume_names, write_resume
 from lastgood_sovits.s2.config import read_config
 from lastgood_sovits.s2.dataset import ClipDataset
 from lastgood_sovits.s2.discriminator import Discriminator
-from lastgood_sovits.s2.optimization import build_optimizers, set_learning_rates
+from lastgood_sovits.s2.optimization import build_optimizers, published_state, set_learning_rates
 from lastgood_sovits.s2.sampler import BucketSampler
 from lastgood_sovits.s2.step import StepResult, TrainStep
 from lastgood_sovits.s2.synthesizer import Synthesizer
@@ -272,7 +272,7 @@ class Stage2(Trainer):
         for name, model, optimizer in pairs:
             state = bare(model).state_dict()
             write_resume(
-                folder / name, state, optimizer.state_dict(), epoch=epoch, learning_rate=rate, replace_file=replace
+                folder / name, state, published_state(optimizer), epoch=epoch, learning_rate=rate, replace_file=replace
             )
         return [folder / d_name, folder / g_name]
 

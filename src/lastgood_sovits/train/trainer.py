@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 import lastgood
-from lastgood.files import replace_file
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, seed_step
@@ -270,5 +269,5 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def replace(path: Path, write: Any) -> None:
-    """`lastgood.files.replace_file`, as the writers of weights take it."""
-    replace_file(path, write)
+    """`lastgood.replace_file`, as the writers of weights take it."""
+    lastgood.replace_file(path, write)

@@ -312,7 +312,7 @@ def test_two_ranks_step_alike_and_skip_alike(
     data = batches[:10]
     if broken == "input":
         data[5] = replace(data[5], bert=data[5].bert * float("nan"))  # the third of rank 1: in the second window
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # where torch sees CUDA, a backward pass fails after a fork
     ranks = [
         context.Process(target=run_rank, args=(rank, tmp_path / "store", small_config, data, local, tmp_path))
         for rank in range(2)

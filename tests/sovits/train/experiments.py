@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -217,7 +218,7 @@ def make_experiment(root: Path, *, clips: int = CLIPS, epochs: int = 2) -> Exper
 
 @dataclass
 class Job:
-    """How a training in forked processes ended."""
+    """How a training in processes of its own ended."""
 
     codes: list[int]
     """Exit codes of the ranks; negative for a signal."""
@@ -256,6 +257,39 @@ def _child(
         return int(error.code or 0)
 
 
+def _rank(
+    rank: int,
+    nproc: int,
+    port: int,
+    log: Path,
+    stage: str,
+    config: Path,
+    options: dict[str, Any],
+    die: int | None,
+    before: Callable[[], None] | None,
+) -> None:
+    """One process; does not return."""
+    code = 70
+    try:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        for log_name in ("lastgood", "lastgood_sovits", ""):
+            logging.getLogger(log_name).handlers.clear()
+        names = {"RANK": rank, "WORLD_SIZE": nproc, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": nproc}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        torch.set_num_threads(1)
+        code = _child(stage, config, options, die, before)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def train(
     experiment: Experiment,
     stage: str,
@@ -266,59 +300,40 @@ def train(
     stop_when: Callable[[], object] | None = None,
     **options: Any,
 ) -> Job:
-    """Trains in `nproc` forks of this process, which has imported torch already.
+    """Trains in `nproc` processes, which are forks of this one where that is possible: it has imported torch already.
 
-    `die` is the step after which rank 0 is killed; the others are killed then. `before` is called in every process
-    first. `stop_when` is asked until it holds, and then every rank gets SIGTERM.
+    `die` is the step after which rank 0 is killed; the others are killed then. `before`, which pickle must
+    know, is called in every process first. `stop_when` is asked until it holds; then every rank gets SIGTERM.
     """
     config, port = experiment.config(stage), _free_port()
-    pids, logs = [], []
-    for rank in range(nproc):
-        log = experiment.root / f"output-{rank}.txt"
-        logs.append(log)
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 70
-        try:
-            with log.open("w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            for log_name in ("lastgood", "lastgood_sovits", ""):
-                logging.getLogger(log_name).handlers.clear()
-            names = {"RANK": rank, "WORLD_SIZE": nproc, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": nproc}
-            os.environ.update({name: str(value) for name, value in names.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-            torch.set_num_threads(1)
-            code = _child(stage, config, options, die if rank == 0 else None, before)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    codes: dict[int, int] = {}
+    # Where torch sees CUDA, no fork of a process that has done a backward pass can do one.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    logs = [experiment.root / f"output-{rank}.txt" for rank in range(nproc)]
+    jobs = [
+        context.Process(
+            target=_rank,
+            args=(rank, nproc, port, logs[rank], stage, config, options, die if rank == 0 else None, before),
+        )
+        for rank in range(nproc)
+    ]
+    for job in jobs:
+        job.start()
     deadline = time.monotonic() + 240
     stopped = False
-    while len(codes) < nproc:
+    while any(job.is_alive() for job in jobs):
         if stop_when is not None and not stopped and stop_when():
             stopped = True
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, signal.SIGTERM)
-        for pid in set(pids) - codes.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        failed = any(code not in (0, 75) for code in codes.values())
+            for job in jobs:
+                job.terminate()
+        failed = any(job.exitcode not in (None, 0, 75) for job in jobs)
         if failed or time.monotonic() > deadline:
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, signal.SIGKILL)
-                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            for job in jobs:
+                job.kill()
         time.sleep(0.01)
+    for job in jobs:
+        job.join()
     output = "\n".join(log.read_text() for log in logs)
-    return Job([codes[pid] for pid in pids], output)
+    return Job([70 if job.exitcode is None else job.exitcode for job in jobs], output)
 
 
 def train_whole(experiment: Experiment, stage: str, nproc: int = 1, **options: Any) -> Job:

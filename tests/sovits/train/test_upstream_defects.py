@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,42 @@ def _short(experiment: Experiment, epochs: int = 1) -> Experiment:
 @pytest.fixture
 def short(experiment: Experiment) -> Experiment:
     return _short(experiment)
+
+
+def _grow() -> None:
+    """Makes one weight of stage 1 too large for half precision at the end."""
+    original = stage1.Stage1.finish
+
+    def finish(self: stage1.Stage1) -> None:
+        original(self)
+        with torch.no_grad():
+            next(p for n, p in self.model.named_parameters() if n.endswith("bert_proj.bias"))[0] = 1e6
+
+    stage1.Stage1.finish = finish  # type: ignore[method-assign]
+
+
+def _spoil() -> None:
+    """Makes the first batch of every epoch of stage 2 NaN."""
+    original = stage2.Stage2.train
+
+    def train_step(self: stage2.Stage2, batch: stage2.Drawn) -> stage2.StepResult:
+        if self.sampler.position == 0:
+            batch.batch.wave.fill_(float("nan"))
+        return original(self, batch)
+
+    stage2.Stage2.train = train_step  # type: ignore[method-assign]
+
+
+def _note(folder: Path) -> None:
+    """Stores what each rank of stage 2 has at the end."""
+    original = stage2.Stage2.finish
+
+    def finish(self: stage2.Stage2) -> None:
+        original(self)
+        state = {k: v for k, v in self.generator.state_dict().items() if "num_batches" not in k}
+        torch.save(state, folder / f"rank{self.ranks.rank}.pt")
+
+    stage2.Stage2.finish = finish  # type: ignore[method-assign]
 
 
 def test_01_stage_1_resumes_with_more_epochs(short: Experiment) -> None:
@@ -128,17 +165,7 @@ def test_11_12_a_file_that_cannot_be_written_makes_the_exit_code_1_and_leaves_no
 
 
 def test_16_an_overflow_of_half_precision_is_reported_by_name_and_not_written(short: Experiment) -> None:
-    def grow() -> None:
-        original = stage1.Stage1.finish
-
-        def finish(self: stage1.Stage1) -> None:
-            original(self)
-            with torch.no_grad():
-                next(p for n, p in self.model.named_parameters() if n.endswith("bert_proj.bias"))[0] = 1e6
-
-        stage1.Stage1.finish = finish  # type: ignore[method-assign]
-
-    job = train(short, "s1", before=grow)
+    job = train(short, "s1", before=_grow)
     assert job.codes == [1] and "model.bert_proj.bias" in job.output and short.weights("s1") == []
 
 
@@ -168,17 +195,7 @@ def test_18_a_pretrained_file_that_is_missing_is_an_error(short: Experiment, sta
 
 
 def test_19_a_loss_that_is_not_finite_is_reported_with_its_clips(short: Experiment) -> None:
-    def spoil() -> None:
-        original = stage2.Stage2.train
-
-        def train_step(self: stage2.Stage2, batch: stage2.Drawn) -> stage2.StepResult:
-            if self.sampler.position == 0:
-                batch.batch.wave.fill_(float("nan"))
-            return original(self, batch)
-
-        stage2.Stage2.train = train_step  # type: ignore[method-assign]
-
-    job = train_whole(short, "s2", before=spoil)
+    job = train_whole(short, "s2", before=_spoil)
     assert re.search(r"did not learn from this batch.*clip\d\.wav", job.output)
 
 
@@ -204,17 +221,7 @@ def test_21_22_from_scratch_on_two_processes_without_cuda_both_have_the_same_wei
     short.s2["train"]["batch_size"] = 12
     short.s2["model"]["freeze_quantizer"] = False
 
-    def note() -> None:
-        original = stage2.Stage2.finish
-
-        def finish(self: stage2.Stage2) -> None:
-            original(self)
-            state = {k: v for k, v in self.generator.state_dict().items() if "num_batches" not in k}
-            torch.save(state, short.root / f"rank{self.ranks.rank}.pt")
-
-        stage2.Stage2.finish = finish  # type: ignore[method-assign]
-
-    train_whole(short, "s2", 2, before=note)
+    train_whole(short, "s2", 2, before=partial(_note, short.root))
     first, second = (torch.load(short.root / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert_equal(first, second)
 
