@@ -124,9 +124,7 @@ def test_a_trainer_of_gpt_sovits_is_recognised_wherever_it_is_started(tmp_path: 
 def test_an_embeddable_python_is_named_and_can_be_fixed(tmp_path: Path) -> None:
     """As portable bundles carry it: a ._pth file beside python.exe says where the modules are."""
     home = tmp_path / "runtime"
-    shutil.copytree(
-        sys.base_prefix, home, ignore=shutil.ignore_patterns("site-packages", "__pycache__"), copy_function=os.link
-    )
+    shutil.copytree(sys.base_prefix, home, ignore=shutil.ignore_patterns("site-packages", "__pycache__", "test"))
     (home / "Lib" / "site-packages").mkdir(exist_ok=True)
     (home / "python311._pth").write_text(".\nDLLs\nLib\nLib\\site-packages\n#import site\n")
     python = str(home / "python.exe")

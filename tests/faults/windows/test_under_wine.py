@@ -85,6 +85,10 @@ GROUPS = {
     "single files": (["test_files.py"], 20),
     "core": (CORE, 600 if FULL else 380),
     "command line": ([f"cli/{path.name}" for path in (TREE / "tests" / "cli").glob("test_*.py")], 80),
+    "lastgood run": (
+        [f"intercept/test_{name}.py" for name in ("launchers", "verify", *(("run", "environment") if FULL else ()))],
+        45 if FULL else 23,
+    ),
     "race": (["faults/windows/test_race.py"], 3),
     "jobs": (["faults/windows/test_jobs.py"], 3),
 }
