@@ -2,7 +2,9 @@
 
     python benchmarks/run_overhead.py [--dir DIR] [--megabytes N] [--repeats N]
 
-Both sides write the same state to the same directory, in turns, in one process each: new files, overwritten each time.
+All sides write the same state to the same directory, in turns, in one process each, and overwrite it each time. The
+one "by hand" does what any save must do that leaves the old file or the new one after a power cut: a temporary file, a
+sync, a rename, and a sync of the directory.
 """
 
 from __future__ import annotations
@@ -24,26 +26,35 @@ SAVES = """
 import json, os, sys, time
 import torch
 torch.set_num_threads(1)
-protected, directory, megabytes, repeats = sys.argv[1] == "1", sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+how, directory, megabytes, repeats = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 state = {f"layer{i}": torch.randn(int(megabytes * 250_000 / 8)) for i in range(8)}
-path = os.path.join(directory, f"last-{protected}.pth")
+path = os.path.join(directory, f"last-{how}.pth")
+written = path + ".tmp" if how == "by hand" else path
 times = []
+
+def sync(name, flags):
+    descriptor = os.open(name, flags)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
 for _ in range(repeats + 1):
     os.sync()
     begin = time.perf_counter()
-    torch.save(state, path)
-    if not protected:
-        descriptor = os.open(path, os.O_RDWR)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    torch.save(state, written)
+    if how != "lastgood run":
+        sync(written, os.O_RDWR)
+    if how == "by hand":
+        os.replace(written, path)
+        sync(directory, os.O_RDONLY)
     times.append(time.perf_counter() - begin)
 print(json.dumps(times[1:]))
 """
+SIDES = ("plain", "by hand", "lastgood run")
 
 
-def saves(protected: bool, directory: str, megabytes: float, repeats: int) -> list[float]:
-    environment = launch.environment(Settings(history=0)) if protected else dict(os.environ)
-    command = [sys.executable, "-c", SAVES, str(int(protected)), directory, str(megabytes), str(repeats)]
+def saves(how: str, directory: str, megabytes: float, repeats: int) -> list[float]:
+    environment = launch.environment(Settings(history=0)) if how == "lastgood run" else dict(os.environ)
+    command = [sys.executable, "-c", SAVES, how, directory, str(megabytes), str(repeats)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     times: list[float] = json.loads(done.stdout)
     return times
@@ -73,14 +84,15 @@ def main() -> None:
     print(f"start-up without torch: {1e3 * statistics.median(plain):.1f} ms, with us {1e3 * extra:+.1f} ms")
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:
         for megabytes in options.megabytes:
-            sides: dict[bool, list[float]] = {False: [], True: []}
+            sides: dict[str, list[float]] = {how: [] for how in SIDES}
             for _ in range(2):
-                for protected in (False, True):
-                    sides[protected] += saves(protected, directory, megabytes, options.repeats)
-            base, mine = statistics.median(sides[False]), statistics.median(sides[True])
+                for how in SIDES:
+                    sides[how] += saves(how, directory, megabytes, options.repeats)
+            plain_save, by_hand, mine = (1e3 * statistics.median(sides[how]) for how in SIDES)
             print(
-                f"save of {megabytes:g} MB: torch.save + fsync {1e3 * base:.1f} ms, lastgood run {1e3 * mine:.1f} ms, "
-                f"ratio {mine / base:.2f} (medians of {len(sides[True])})"
+                f"save of {megabytes:g} MB: torch.save + fsync {plain_save:.1f} ms, by hand {by_hand:.1f} ms, "
+                f"lastgood run {mine:.1f} ms: {mine / plain_save:.2f} and {mine / by_hand:.2f} times as long "
+                f"(medians of {2 * options.repeats}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)"
             )
 
 

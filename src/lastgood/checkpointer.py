@@ -97,7 +97,7 @@ class Checkpointer:
         world_size: int | None = None,
         **objects: Any,
     ) -> None:
-        self.run = Path(run).absolute()
+        self.run = disk.absolute(run)
         self.world = detect_world(rank, world_size)
         self.keep = arguments.check_keep(keep)
         self.deadline = deadline

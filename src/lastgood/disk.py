@@ -81,6 +81,11 @@ def _native(path: Path) -> str:
     return "\\\\?\\UNC\\" + text[2:] if text.startswith("\\\\") else "\\\\?\\" + text
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The absolute path; on Windows without trailing dots and blanks, which the system drops from a last name only."""
+    return Path(os.path.abspath(path)) if WINDOWS else Path(path).absolute()
+
+
 def is_held(error: OSError) -> bool:
     """Whether the system refused because another program has the file open (Windows sharing violations)."""
     return getattr(error, "winerror", None) in disk_windows.SHARING

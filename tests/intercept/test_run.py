@@ -241,7 +241,7 @@ HELD = """
     real, until = system.replace, time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else os.environ["HELD"])
     def held(source, target):
         if "last.pth" in str(target) and not str(target).endswith(".jsonl") and time.monotonic() < until:
-            error = PermissionError(13, "used by another process"); error.winerror = 32
+            error = PermissionError(13, "used by another process"); error.winerror = int(os.environ["CODE"])
             raise error
         return real(source, target)
     system.replace = held
@@ -254,9 +254,9 @@ HELD = """
 """
 
 
-@pytest.mark.parametrize("how", ["save", "move"])
-def test_a_destination_that_is_held_for_a_while(tmp_path: Path, how: str) -> None:
-    code, output = start(tmp_path, HELD, HELD="0.7", HOW=how)
+@pytest.mark.parametrize(("how", "number"), [("save", "5"), ("move", "32"), ("save", "33")])
+def test_a_destination_that_is_held_for_a_while(tmp_path: Path, how: str, number: str) -> None:
+    code, output = start(tmp_path, HELD, HELD="0.7", HOW=how, CODE=number)
     assert code == 0, output
     assert torch.load(tmp_path / "last.pth") == [1]
     assert "REFUSED" not in output and " 0 retries" not in output
@@ -264,7 +264,7 @@ def test_a_destination_that_is_held_for_a_while(tmp_path: Path, how: str) -> Non
 
 @pytest.mark.parametrize("how", ["save", "move"])
 def test_a_destination_that_stays_held_keeps_the_new_file(tmp_path: Path, how: str) -> None:
-    code, output = start(tmp_path, HELD, "--patience", "0.5", HELD="100", HOW=how)
+    code, output = start(tmp_path, HELD, "--patience", "0.5", HELD="100", HOW=how, CODE="32")
     assert code == launch.LAST_SAVE_FAILED, output
     kept = output.split("The complete new file is ")[1].split(";")[0]
     assert torch.load(kept) == [1]

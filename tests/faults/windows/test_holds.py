@@ -262,6 +262,7 @@ def test_a_checkpoint_that_is_held_for_a_moment_is_restored_not_passed_over(
             assert ckpt.restore() == 3
 
 
+@pytest.mark.timeout(300 + 6 * ROUNDS)
 def test_with_a_scanner_that_opens_every_new_file_no_save_is_lost(tmp_path: Path, other: Holder) -> None:
     run = tmp_path / "run"
     x = torch.zeros(1000)

@@ -237,7 +237,7 @@ def verify(directory: str) -> list[Finding]:
             if system.exists(target):  # A file that its program deleted is no damage.
                 findings.append(Finding(target, check(target, versions)))
             for version in versions:
-                if version.kept:
-                    kept = history_path(target, version.kept)
+                kept = history_path(target, version.kept)
+                if version.kept and system.exists(kept):  # The oldest is deleted before that is written down.
                     findings.append(Finding(kept, check(kept, [version])))
     return findings

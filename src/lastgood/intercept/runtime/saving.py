@@ -177,7 +177,7 @@ class Saver:
                         return False
                 self.units.begin(target)
                 now = time.time()
-                versions = self._keep_old(target, versions)
+                versions = self._keep_old(target, self._without_oldest(target, versions))
                 program = os.path.basename(sys.argv[0]) if sys.argv else ""
                 new = journal.Version(size, crc, now, -1 if rank is None else rank, round_, self.settings.run, program)
                 new.inode, new.begins = inode, begins
@@ -186,7 +186,8 @@ class Saver:
                     operation or (lambda: system.replace(source, target)), self.settings.patience, self._count_retry
                 )
                 system.sync_dir(os.path.dirname(target))
-                self._forget_oldest(target, [*versions, new])
+                # The next save writes down that it is gone: a second line for each save would cost more than the rest.
+                self._without_oldest(target, versions)
                 self.units.saved(target)
         except FileNotFoundError:
             raise  # The source was taken away by another rank, or the directory by the program: the caller looks.
@@ -265,15 +266,19 @@ class Saver:
         current.kept = name
         return versions
 
-    def _forget_oldest(self, target: str, versions: list[journal.Version]) -> None:
+    def _without_oldest(self, target: str, versions: list[journal.Version]) -> list[journal.Version]:
+        """Delete earlier versions beyond those that are to be kept; returns what is still worth knowing."""
         kept = [version for version in versions if version.kept]
         for version in kept[: -self.settings.history] if self.settings.history else kept:
-            with contextlib.suppress(OSError):  # A program has it open: it goes the next time.
+            try:
                 system.remove(journal.history_path(target, version.kept))
-                version.kept = ""
-        if (kept and not all(version.kept for version in kept)) or len(versions) > journal.KEEP_ENTRIES:
-            recent = versions[-journal.KEEP_ENTRIES :]
-            journal.write(target, [v for v in versions if v.kept or v in recent])
+            except FileNotFoundError:
+                pass  # Since the last save.
+            except OSError:
+                continue  # A program has it open: it goes the next time.
+            version.kept = ""
+        recent = versions[-journal.KEEP_ENTRIES :]
+        return [version for version in versions if version.kept or version in recent]
 
     # Moving.
 

@@ -9,8 +9,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(realpath -m "${1:?usage: setup.sh ROOT}")
 wheels=(torch==2.6.0 filelock typing-extensions sympy==1.13.1 mpmath networkx==3.6 jinja2 markupsafe fsspec
   numpy==2.4.6 safetensors==0.8.0 xxhash==4.1.0 click colorama rich markdown-it-py mdurl pygments
-  pytest pytest-timeout pluggy iniconfig packaging)
-[ -e "$root/complete" ] && exit 0
+  pytest pytest-timeout pluggy iniconfig packaging hypothesis==6.170.15 sortedcontainers)
+[ "$(cat "$root/complete" 2>/dev/null)" = "${wheels[*]}" ] && exit 0
+rm -f "$root/complete"
 
 python=$(command -v python3.11 || true)
 [ -x "${python:-}" ] && "$python" -c '' 2>/dev/null || python=/usr/bin/python3.11
@@ -57,4 +58,4 @@ wine=(env WINEPREFIX="$root/prefix" WINEARCH=win64 WINEDEBUG=-all DISPLAY= LC_AL
 "${wine[@]}" wineserver -w
 WPYTHON_SECONDS=120 "$root/wpython" -c "import sys; print(sys.version, *sys.getwindowsversion()[:3])" </dev/null
 rm -r "$root/downloads" "$root/python3.def"
-touch "$root/complete"
+echo "${wheels[*]}" >"$root/complete"
