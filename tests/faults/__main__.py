@@ -13,7 +13,7 @@
     python -m tests.faults peers                  kills, flipped bits and full disks, beside what others lose
     python -m tests.faults --full                 all of them, in their full form
 
-With --record, the figures go into docs/faults.md. The exit code is 1 when anything failed.
+With --record, and with --full for all, the figures go into docs/faults.md. The exit code is 1 when anything failed.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> int:
         for problem in result.failed:
             print("FAILED", problem)
         print(result.text(), flush=True)
-        if options.record:
+        if options.record or options.campaign is None:
             wanted = [argument for argument in arguments if argument != "--record"]
             # A record of other world sizes stands beside the usual one.
             key = f"{name} --ranks {','.join(map(str, options.ranks))}" if options.ranks else name
