@@ -231,6 +231,7 @@ def run(chosen: Sequence[Case]) -> Result:
             work.append((name, name, lambda place, group=group: unshared(place, hosts, group)))
         for kind, name, attempt in work:
             place = directory / "case"
+            place.mkdir()
             try:
                 problems = list(attempt(place))
             except (AssertionError, TimeoutError, LastGoodError, OSError) as error:
