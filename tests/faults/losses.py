@@ -33,7 +33,7 @@ BEFORE, LAST = 3, 5
 _LINE = re.compile(r"^(?:\[pid +)?(\d+)\]? +(\w+)\((.*)$")
 
 
-def in_child(action: Callable[[], object], place: Path, seconds: float = 60.0) -> int:
+def in_child(action: Callable[[], object], place: Path, seconds: float = 200.0) -> int:
     """Run it in a child. Returns the exit code; -9 too where it takes longer."""
     child = fork(lambda: int(bool(action())), place / "log")
     return _end(child, seconds)
@@ -73,7 +73,7 @@ def save(peer: Peer, directory: Path, begin: int, end: int, place: Path, *, trac
         raise OSError("strace cannot attach")
     os.kill(child, signal.SIGCONT)
     try:
-        return _end(child, 60.0)
+        return _end(child, 200.0)
     finally:
         tracer.stderr.close()
         tracer.wait()

@@ -179,7 +179,7 @@ def unshared(place: Path, hosts: Hosts, group: bool) -> Iterator[str]:
                 hide(shared)
             job, out = Job.build(rank, "replicated"), Notes(place, rank)
             try:
-                Checkpointer(shared / "run", rank=rank, world_size=2, deadline=DEADLINE, **job.options, **job.objects)
+                Checkpointer(shared / "run", rank=rank, world_size=2, deadline=30.0, **job.options, **job.objects)
             except LastGoodError as error:
                 out.write("told", kind=type(error).__name__, error=str(error))
                 return 0
@@ -231,6 +231,7 @@ def run(chosen: Sequence[Case]) -> Result:
             work.append((name, name, lambda place, group=group: unshared(place, hosts, group)))
         for kind, name, attempt in work:
             place = directory / "case"
+            place.mkdir()
             try:
                 problems = list(attempt(place))
             except (AssertionError, TimeoutError, LastGoodError, OSError) as error:
