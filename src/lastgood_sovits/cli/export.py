@@ -10,7 +10,7 @@ from lastgood import LastGoodError
 from lastgood_sovits.errors import SovitsError
 
 
-@click.command()
+@click.command(short_help="Write a checkpoint's weights for upstream.")
 @click.argument("stage", type=click.Choice(["s1", "s2"]))
 @click.option("--config", required=True, type=click.Path(path_type=Path, dir_okay=False), help="As it was trained.")
 @click.option("--step", type=click.IntRange(1), help="Of the checkpoint; the newest by default.")

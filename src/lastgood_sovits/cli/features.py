@@ -14,7 +14,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command()
+@click.command(short_help="Write 3-bert, 4-cnhubert, 5-wav32k and 7-sv_cn.")
 @click.argument("experiment", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--audio", required=True, type=_FOLDER, help="The recordings, named as in 2-name2text.txt.")
 @click.option("--hubert", required=True, type=_FOLDER, help="Folder of chinese-hubert-base.")

@@ -10,7 +10,7 @@ from lastgood import LastGoodError
 from lastgood_sovits.errors import SovitsError
 
 
-@click.command()
+@click.command(short_help="Write 6-name2semantic.tsv.")
 @click.argument("experiment", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--weights", required=True, type=click.Path(path_type=Path, dir_okay=False), help="s2G*.pth")
 def semantic(experiment: Path, weights: Path) -> None:

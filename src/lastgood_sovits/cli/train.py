@@ -14,7 +14,7 @@ import click
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command()
+@click.command(short_help="Train a stage, or go on with it.")
 @click.argument("stage", type=click.Choice(["s1", "s2"]))
 @click.option("--config", required=True, type=_FILE, help="tmp_s1.yaml or tmp_s2.json of upstream's web page.")
 @click.option("--nproc", type=click.IntRange(1), help="Training processes on this machine; by default one a GPU.")

@@ -19,7 +19,7 @@ _FILE = click.Path(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
 
 
-@click.group()
+@click.group(short_help="Look at, check and convert weights files.")
 def weights() -> None:
     """Look at, check and convert GPT-SoVITS weights, without running anything from them."""
 

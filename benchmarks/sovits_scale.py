@@ -1,0 +1,82 @@
+"""Clips per second of stage 2 in two processes over those in one, each process with one thread and the same batch.
+
+Both are whole trainings that save while they train. They take turns; the seconds of a step are a median.
+
+    python -m benchmarks.sovits_scale --batch-size 2 --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sovits_data import make_experiment, write_config
+
+SMALL = {"upsample_initial_channel": 64, "discriminator_channels": 64, "discriminator_periods": [2, 3], "n_layers": 2}
+"""What makes a quick run quick."""
+
+
+def _child(config: Path, out: Path) -> None:
+    from lastgood_sovits.train import program
+    from lastgood_sovits.train.options import Options
+    from lastgood_sovits.train.trainer import Trainer
+
+    done, ends = Trainer._step, []
+
+    def step(self: Trainer, *arguments: Any) -> None:
+        done(self, *arguments)
+        ends.append(time.perf_counter())
+
+    Trainer._step = step  # type: ignore[method-assign]
+    program.train("s2", config, Options(device="cpu", save_every=4))
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps([b - a for a, b in pairwise(ends)]), encoding="utf-8")
+
+
+def measure_step(folder: Path, nproc: int, batch_size: int, model: dict[str, Any], train: dict[str, Any]) -> float:
+    """Seconds per step, the median of an epoch without its first steps."""
+    with tempfile.TemporaryDirectory() as run:
+        config, out = write_config(folder, Path(run), batch_size, model, train), Path(run) / "seconds.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+        command += ["-m", "benchmarks.sovits_scale", "--child", str(config), str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        return statistics.median(json.loads(out.read_text(encoding="utf-8"))[1:])
+
+
+def measure_scaling(rounds: int, batch_size: int, clips: int, *, quick: bool) -> float:
+    """Clips per second of two processes over twice those of one: 1 is linear."""
+    model, train = (SMALL, {"segment_size": 6400}) if quick else ({}, {})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "voice"
+        make_experiment(folder, clips)
+        seconds = [[measure_step(folder, nproc, batch_size, model, train) for nproc in (1, 2)] for _ in range(rounds)]
+    return statistics.median(alone / two for alone, two in seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        _child(*options.child)
+        return
+    ratio = measure_scaling(options.rounds, options.batch_size, options.clips, quick=options.quick)
+    print(f"two processes: {ratio:.2f} of linear")
+
+
+if __name__ == "__main__":
+    main()
