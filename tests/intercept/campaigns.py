@@ -62,7 +62,15 @@ CAMPAIGNS: dict[str, Campaign] = {
         torn={"across": True},
     ),
     **_both("Hugging Face Trainer", program="hf.py", quick=29, preload=HUGGING_FACE),
-    **_both("Hugging Face Trainer, 2 ranks", program="hf.py", suffix="-2", quick=61, ranks=2, preload=HUGGING_FACE),
+    **_both(
+        "Hugging Face Trainer, 2 ranks",
+        program="hf.py",
+        suffix="-2",
+        quick=121,
+        ranks=2,
+        preload=HUGGING_FACE,
+        torn={"quick": 61},
+    ),
     **_both('Lightning, ckpt_path="last"', program="lightning_last.py", quick=11, preload=LIGHTNING),
 }
 
