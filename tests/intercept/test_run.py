@@ -20,7 +20,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX processes")
 def start(directory: Path, code: str, *options: str, protected: bool = True, **variables: str) -> tuple[int, str]:
     """Exit code and output of a script, with or without `lastgood run`."""
     script = directory / "script.py"
-    script.write_text(textwrap.dedent(code))
+    script.write_text(textwrap.dedent(code), encoding="utf-8")
     prefix = [sys.executable, "-m", "lastgood.cli.run", *options, "--"] if protected else []
     done = subprocess.run(
         [*prefix, sys.executable, str(script)],
@@ -28,7 +28,8 @@ def start(directory: Path, code: str, *options: str, protected: bool = True, **v
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=200,
     )
     return done.returncode, done.stdout

@@ -80,14 +80,14 @@ CORE = sorted(
     if path.name not in left_out.LEFT_OUT and path.name != "test_files.py" and (FULL or path.name not in LONG)
 )
 GROUPS = {
-    "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 110),
-    "ways": (["faults/windows/test_ways.py"], 40),
-    "single files": (["test_files.py"], 20),
-    "core": (CORE, 600 if FULL else 380),
-    "command line": ([f"cli/{path.name}" for path in (TREE / "tests" / "cli").glob("test_*.py")], 80),
+    "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 80),
+    "ways": (["faults/windows/test_ways.py"], 34),
+    "single files": (["test_files.py"], 10),
+    "core": (CORE, 580 if FULL else 480),
+    "command line": ([f"cli/{path.name}" for path in (TREE / "tests" / "cli").glob("test_*.py")], 70),
     "lastgood run": (
-        [f"intercept/test_{name}.py" for name in ("launchers", "verify", *(("run", "environment") if FULL else ()))],
-        45 if FULL else 23,
+        [f"intercept/test_{name}.py" for name in ("launchers", "journal", *(("run", "environment") if FULL else ()))],
+        40 if FULL else 23,
     ),
     "race": (["faults/windows/test_race.py"], 3),
     "jobs": (["faults/windows/test_jobs.py"], 3),
