@@ -39,6 +39,7 @@ def test_links_that_fail() -> None:
     assert failed == [] and count == 6
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_too_long_are_noticed() -> None:
     call = "(setattr(network, 'SLACK', -1.9), network.run([network.Case('cut for good', 'own', 0, -1)]))[1]"
     assert any("waited" in problem for problem in campaign(call)[1])

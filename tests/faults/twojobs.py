@@ -222,7 +222,7 @@ def copied(place: Path, draw: random.Random) -> Iterator[str]:
     await_note(place / "first", "committed", draw.randint(2, 5))
     for number in range(4):
         copy = place / f"copy-{number}"
-        shutil.copytree(run, copy, copy_function=_copy, ignore=_reversed if number % 2 else None)
+        _copy_in_use(run, copy, backwards=number % 2 == 1)
         # What was deleted meanwhile may be missing; then an error is right, and other bits never are.
         problem = restored(copy, place / f"copied-{number}", whole=False)
         if problem:
@@ -234,6 +234,15 @@ def copied(place: Path, draw: random.Random) -> Iterator[str]:
     problem = restored(run, place / "last")
     if problem:
         yield problem
+
+
+def _copy_in_use(run: Path, copy: Path, *, backwards: bool = False) -> None:
+    """Copy what is there: directories go while they are copied, as files do."""
+    try:
+        shutil.copytree(run, copy, copy_function=_copy, ignore=_reversed if backwards else None)
+    except shutil.Error as error:
+        if not all("No such file" in str(why) for _, _, why in error.args[0]):
+            raise
 
 
 def _copy(source: str, target: str) -> None:
@@ -275,7 +284,7 @@ def put_back(place: Path, draw: random.Random) -> Iterator[str]:
     first = start(run, place / "first")
     await_note(place / "first", "committed", draw.randint(2, 4))
     if not (place / "backup").exists():
-        shutil.copytree(run, place / "backup", copy_function=_copy)
+        _copy_in_use(run, place / "backup")
     time.sleep(draw.random() * 0.02)
     run.rename(place / "away")
     (place / "backup").rename(run)
