@@ -1,4 +1,4 @@
-"""Fail when a test was skipped that has to run here. Usage: check_skips.py JUNIT.XML
+"""Fail when a test was skipped that has to run here. Usage: check_skips.py JUNIT.XML...
 
 A skip is allowed for the reasons listed below: what another platform, a GPU, or the right to mount would be needed for.
 """
@@ -20,9 +20,9 @@ if not os.environ.get("LASTGOOD_WINE"):  # Where it is set, Wine was set up, and
     ALLOWED.append("needs Wine")
 
 
-def main(path: str) -> int:
+def main(paths: list[str]) -> int:
     wrong = []
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in (case for path in paths for case in ElementTree.parse(path).iter("testcase")):
         for skipped in case.iter("skipped"):
             reason = skipped.get("message", "")
             if not any(text in reason for text in ALLOWED):
@@ -33,4 +33,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

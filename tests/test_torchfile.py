@@ -140,7 +140,7 @@ def test_meta_location_reads_shapes_only(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(LastGoodError, match=r"no-such\.pt: cannot be read: No such file"):
+    with pytest.raises(LastGoodError, match=r"no-such\.pt: cannot be read: "):
         read("no-such.pt")
 
 
@@ -310,7 +310,8 @@ def test_a_repacked_checkpoint_is_read_and_a_zip_bomb_is_not() -> None:
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_names_that_torch_never_writes_are_damage() -> None:
     pkl = {"data.pkl": b"N."}
-    for name in ("../evil", "data/../../evil", "data\\evil"):
+    # On Windows, zipfile itself makes a slash of the backslash.
+    for name in ("../evil", "data/../../evil", *(() if os.name == "nt" else ("data\\evil",))):
         with pytest.raises(DamagedError, match="not a name that torch writes"):
             read(archive(pkl | {name: b"x"}))
     with pytest.raises(DamagedError, match="not a name that torch writes"):
