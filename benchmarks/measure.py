@@ -40,12 +40,14 @@ def side_by_side(
     *,
     rounds: int,
     pause: float,
+    warm: int = 2,
     restore: bool = True,
 ) -> dict[str, Series]:
     """Hold-up, time until durable and time to restore, of all contenders on the same state.
 
     Args:
         pause: seconds of forward and backward between a save and the next optimizer step.
+        warm: rounds that do not count: buffers and plans are made in them.
     """
     results: dict[str, Series] = {kind.name: Series() for kind in contenders}
     job = build()
@@ -56,7 +58,7 @@ def side_by_side(
         except Exception as error:
             results[kind.name].why_not = f"{type(error).__name__}: {error}"
     step = 0
-    for round_ in range(rounds + 2):  # Two rounds to warm up: buffers, plans.
+    for round_ in range(-warm, rounds):
         for name, contender in list(running.items()):
             series = results[name]
             try:
@@ -77,14 +79,14 @@ def side_by_side(
                     contender.finish()
                     durable = time.perf_counter() - began
                     contender.settle()
-                    if round_ >= 2:
+                    if round_ >= 0:
                         if at_once:
                             series.hold_at_once.append(held)
                             series.durable.append(durable)
                         else:
                             series.hold.append(held)
                             series.hold_cpu.append(held_cpu)
-                    if at_once and restore and round_ >= 2:
+                    if at_once and restore and round_ >= 0:
                         drop_cache(contender.directory)
                         began = time.perf_counter()
                         contender.restore()

@@ -26,7 +26,7 @@ def publish(bench: Bench, docs: Path | None) -> None:
         "# Measured\n\n"
         f"{_machine(bench)}\n\n"
         "Made by `python -m benchmarks` (the extra `bench` installs the peers). Contenders take turns within every "
-        "round, after two rounds to warm up, and all figures are medians. Where other programs used the machine at the "
+        "round, after rounds to warm up, and all figures are medians. Where other programs used the machine at the "
         "same time, ratios say more than seconds.\n\n"
         + _goals(bench)
         + "\n## Beside the peers\n\n"

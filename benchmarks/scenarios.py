@@ -62,7 +62,7 @@ class Bench:
             lambda: states.adamw(self.mib, device=self.device),
             kinds,
             self.directory / "saves",
-            rounds=3 if self.quick or self.device == "cuda" else 5,
+            rounds=3,
             pause=0.5,
         )
         ours = self.series[Lastgood.name]
@@ -109,7 +109,7 @@ class Bench:
         for what, build in builds.items():
             kinds = tuple(kind for kind in CONTENDERS if kind in (Lastgood, Raw) or kind.name.startswith(self._wanted))
             directory = self.directory / "other"
-            self.others[what] = side_by_side(build, kinds, directory, rounds=2, pause=0.5)
+            self.others[what] = side_by_side(build, kinds, directory, rounds=1, warm=1, pause=0.5)
             ours = self.others[what][Lastgood.name]
             print(
                 f"    {what}: held up {median(ours.hold) * 1e3:.1f} ms, durable {median(ours.durable):.2f} s",
@@ -146,7 +146,7 @@ class Bench:
             lambda: states.adamw(self.mib, device=self.device),
             Lastgood,
             self.directory / "training",
-            blocks=2 if self.quick else 4 if self.device == "cuda" else 6,
+            blocks=2 if self.quick else 4,
             steps=10 if self.quick else 20,
         )
         self._add(
@@ -208,7 +208,7 @@ class Bench:
         """Replicated state on 1, 2 and 4 ranks."""
         mib = 64 if self.quick else 240
         results: dict[int, list[tuple[float, int]]] = {1: [], 2: [], 4: []}
-        for round_ in range(2 if self.quick else 3):
+        for round_ in range(2):
             for size in results:
                 results[size].append(_with_ranks(self.directory / f"ranks-{size}-{round_}", size, mib))
         one_copy = results[1][0][1]
