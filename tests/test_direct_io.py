@@ -15,7 +15,7 @@ from lastgood import disk
 from lastgood.disk import PAGE
 
 SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, (16 << 20) - 1, 16 << 20, (16 << 20) + PAGE + 7]
-posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no O_DIRECT")
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX: Windows has no O_DIRECT")
 
 
 @pytest.fixture(params=["disk", "memory"])
