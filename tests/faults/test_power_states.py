@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     powerloss.jobs.limit_threads()
+    log = logging.getLogger("lastgood")
+    level, handlers = log.level, list(log.handlers)
     powerloss.quiet()
     with scratch() as directory:
         yield directory
+    log.setLevel(level)
+    log.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")
