@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("."), help="where the files are written: the disk")
     parser.add_argument("--only", default="", help="comma-separated names of scenarios")
     parser.add_argument("--contenders", default="", help="comma-separated beginnings of names; all by default")
+    parser.add_argument("--record", action="store_true", help="write the page although only a part is measured")
     arguments = parser.parse_args()
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("--gpu: this machine has no CUDA device")
@@ -39,7 +41,8 @@ def main() -> None:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     complete = not (arguments.quick or arguments.gpu or arguments.only or arguments.contenders)
-    report.publish(bench, Path(__file__).parent.parent / "docs" if complete else None)
+    write = complete or arguments.record
+    report.publish(bench, Path(__file__).parent.parent / "docs" if write else None, " ".join(sys.argv[1:]))
 
 
 if __name__ == "__main__":

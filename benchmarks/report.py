@@ -14,8 +14,12 @@ from benchmarks.peers import ALL
 from benchmarks.scenarios import Bench
 
 
-def publish(bench: Bench, docs: Path | None) -> None:
-    """Print the tables; where `docs` is given, write benchmarks.md and the plots there."""
+def publish(bench: Bench, docs: Path | None, options: str) -> None:
+    """Print the tables; where `docs` is given, write benchmarks.md and the plots there.
+
+    Args:
+        options: of the command line: where they name a part, only that was measured.
+    """
     text = _goals(bench) + "\n" + _peers(bench.series)
     text += "".join(f"\n{what}\n\n{_peers(series)}" for what, series in bench.others.items())
     print("\n" + text)
@@ -25,7 +29,8 @@ def publish(bench: Bench, docs: Path | None) -> None:
     page = (
         "# Measured\n\n"
         f"{_machine(bench)}\n\n"
-        "Made by `python -m benchmarks` (the extra `bench` installs the peers). Contenders take turns within every "
+        f"Made by `{f'python -m benchmarks {options}'.strip()}` (the extra `bench` installs the peers). "
+        "Contenders take turns within every "
         "round, after rounds to warm up, and all figures are medians. Where other programs used the machine at the "
         "same time, ratios say more than seconds.\n\n"
         + _goals(bench)
