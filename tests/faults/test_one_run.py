@@ -19,13 +19,18 @@ def test_jobs_that_want_one_run() -> None:
 
 
 def test_a_job_that_does_not_look_before_it_commits_is_noticed() -> None:
+    """It is noticed when the first job stands still inside of a save, which a single try may miss."""
     printed = in_fork(
         "import random",
         "from lastgood.generation import Holder",
         "from tests.faults import twojobs",
         "twojobs.jobs.limit_threads()",
         "Holder.check = lambda self: None",
-        "with twojobs.scratch() as directory:",
-        "    print(next(twojobs.vanished(directory, random.Random(1)), 'nothing is wrong'))",
+        "for seed in range(8):",
+        "    with twojobs.scratch() as directory:",
+        "        problem = next(twojobs.vanished(directory, random.Random(seed)), None)",
+        "    if problem:",
+        "        break",
+        "print(problem)",
     )
     assert "the replaced job" in printed

@@ -135,6 +135,39 @@ def test_a_rank_that_is_late_puts_no_old_state_over_a_newer_one(tmp_path: Path) 
 
 
 @posix
+def test_a_late_rank_that_moved_the_newer_state_itself_puts_no_old_one_over_it(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        (saved, tell_saved), (moved, tell_moved) = os.pipe(), os.pipe()
+        late = os.fork()
+        os.environ.update(RANK="1" if late == 0 else "0", WORLD_SIZE="2")
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        def move():
+            os.replace("tmp.pth", "last.pth")
+
+        if late == 0:
+            os.read(saved, 1)
+            save(1), move()     # What it moves is rank 0's third state.
+            os.write(tell_moved, b"x")
+            save(2), move()
+            os._exit(0)
+        save(1), move(), save(2), move(), save(3)
+        os.write(tell_saved, b"x")
+        os.read(moved, 1)
+        move()
+        os.wait()
+        assert torch.load("last.pth") == [3], torch.load("last.pth")
+        """,
+    )
+    assert code == 0, output
+
+
+@posix
 def test_save_on_rank0_writes_once_and_the_others_see_it_as_done(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,

@@ -162,8 +162,11 @@ class Saver:
             size, crc = journal.checksum(source)
         round_, before = self._next_round(target, called)
         rank = ranks.rank()
-        if self._is_from_rank_zero(source):
-            rank = 0  # Both saved one temporary name, and rank 0's content is what lies there.
+        rank_zeros = self._saved_by_rank_zero(source)
+        if rank_zeros is not None:
+            # Both saved one temporary name, and rank 0's content is what lies there. It may be some rounds ahead of us.
+            rank = 0
+            round_ += max(0, rank_zeros.round - self._rounds[source][0])
         try:
             with system.locked(target):
                 inode = os.stat(source).st_ino
@@ -224,9 +227,9 @@ class Saver:
                 return version
         return None
 
-    def _is_from_rank_zero(self, source: str) -> bool:
+    def _saved_by_rank_zero(self, source: str) -> journal.Version | None:
         newest = journal.read(source)[-1:] if source in self.mine else []
-        return bool(newest) and newest[0].rank == 0 and newest[0].run == self.settings.run
+        return newest[0] if newest and newest[0].rank == 0 and newest[0].run == self.settings.run else None
 
     def _count_retry(self) -> None:
         self.report.add(retries=1)
