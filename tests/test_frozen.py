@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import catalog, disk
+from lastgood import catalog, disk, snapshot
 from lastgood.errors import SaveError
 from lastgood.retain import Keep
 from lastgood.shard import FROZEN
@@ -195,6 +195,32 @@ def test_a_change_that_no_sign_shows_is_never_saved_as_the_old_value(tmp_path: P
             model[0].weight.zero_()
         ckpt.restore(5)
         assert torch.equal(model[0].weight, wanted)
+
+
+def test_the_writing_does_not_wait_for_the_comparison_and_the_commit_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build()
+    with begin(tmp_path, model, optimizer) as ckpt:
+        for number in range(1, 4):
+            step(model, optimizer)
+            save(ckpt, number)
+        go = threading.Event()
+        real = snapshot.checksum
+
+        def checksum(data: memoryview) -> str:
+            assert go.wait(30)
+            return real(data)
+
+        monkeypatch.setattr(snapshot, "checksum", checksum)
+        handle = ckpt.save(4)
+        while not (tmp_path / "step-00000004" / "manifest.json.tmp").exists():
+            assert not handle.wait(0.01)
+        assert not handle.wait(0.2)
+        threading.Timer(0.2, go.set).start()
+        step(model, optimizer)
+        assert go.is_set()
+        handle.result()
 
 
 def test_an_average_that_always_changes_does_not_stop_the_sharing(tmp_path: Path) -> None:

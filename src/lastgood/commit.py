@@ -34,6 +34,7 @@ from lastgood.part import (
 )
 from lastgood.plan import structure
 from lastgood.shard import FROZEN, piece_checksum
+from lastgood.snapshot import Snapshot
 from lastgood.state import Placement
 from lastgood.values import Json
 from lastgood.world import World
@@ -203,9 +204,8 @@ class Root:
             for file in report["own"]:
                 self._see(directory, rank, file)
                 files.append(file)
-        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
         manifest = self._manifest(request, attempt, reports, held, files)
-        written = self._commit(directory, manifest)
+        written = self._commit(directory, manifest, request.buffer)
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
@@ -406,7 +406,7 @@ class Root:
             shards=tuple(shards),
         )
 
-    def _commit(self, directory: Path, manifest: Manifest) -> Written:
+    def _commit(self, directory: Path, manifest: Manifest, buffer: Snapshot) -> Written:
         # What we could not read back ourselves is not committed: a hole left by a lost rank shows here.
         check(manifest, str(directory / NAME))
         temporary = directory / (NAME + ".tmp")
@@ -420,6 +420,7 @@ class Root:
         if self._group is not None:
             for name in disk.names(directory):
                 disk.give_to_group(directory / name, self._group)
+        buffer.confirm()  # Raises when the copy turns out not to be of one moment.
         self._holder.check()
         disk.replace(temporary, directory / NAME)
         disk.sync_dir(directory)

@@ -4,7 +4,7 @@ Large tensors that no registered optimizer changes (the weights under a LoRA, a 
 their own. A checkpoint whose contents of that file are known gets it by hard link, so that every directory is complete
 by itself and nobody counts references. Links share their fate, so there are rules: a file is linked on only while
 another physical copy of the same bytes exists, and neighbouring checkpoints take different ones; a source is read back
-in turns, a sixteenth of it at each save, before it is linked on.
+in turns, a part of it at each save, before it is linked on.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ from lastgood.values import Json
 _log = logging.getLogger("lastgood")
 _CALM = 3
 """Saves for which a tensor that changed must stand still, before it counts as frozen again."""
-_TURNS = 16
-"""Saves in which a linked file is read back once."""
 _TURN_BYTES = 8 << 20
-"""A file of no more bytes is read back at every save."""
+"""So much of a source, or one tensor, is read back at every save. Retention reads all of it now and then."""
 
 
 class Still:
@@ -93,15 +91,11 @@ class Frozen:
         self._pending: tuple[Path, Json] | None = None
 
     def link(self, directory: Path, pieces: Sequence[Piece], buffer: Snapshot) -> Json | None:
-        """Link the frozen file into `directory`. Returns its record, or None where it has to be written.
-
-        Raises SaveError where the copy in the buffer turns out not to be of one moment.
-        """
+        """Link the frozen file into `directory`. Returns its record, or None where it has to be written."""
         self._pending = None
         copies = self._alive()
         if len(copies) < 2:
             return None
-        buffer.await_bytes(pieces[-1].at + pieces[-1].size)
         content = [[p.label, p.dtype, list(p.offsets), list(p.shape), buffer.checksum_of(p)] for p in pieces]
         if content != self._content:
             self.forget()
@@ -160,7 +154,7 @@ class Frozen:
     def _read_back(self, identity: object, path: Path) -> None:
         """Read the next part of a source from the disk. Raises DamagedError."""
         rows = self._record["pieces"]
-        budget = max(_TURN_BYTES, self._record["size"] // _TURNS)
+        budget = _TURN_BYTES
         at = self._turns.get(identity, 0) % len(rows)
         parts: list[tuple[str, Chunk]] = []
         while budget > 0 and len(parts) < len(rows):

@@ -125,7 +125,7 @@ class Member:
         if own:
             await_directory(directory, request.deadline / 2, given_up)
             files.append(write_file(directory / f"{rank:05d}-own.safetensors", own, request.buffer))
-        request.buffer.await_bytes(layout.size)  # Raises when the copy turns out not to be of one moment.
+        request.buffer.confirm()  # Raises when the copy turns out not to be of one moment.
         answer["own"] = files
         answer["local"] = {piece.name: piece.label for piece in own if piece.label != piece.name}
         answer["objects"] = {name: request.objects[name] for name in differing_names(objects, call["objects"])}

@@ -1,7 +1,8 @@
 """A consistent copy of the state in host memory, taken while training goes on, in buffers that are kept between saves.
 
 What an optimizer step changes does not change between ``save`` and the next step: large tensors of that kind are
-copied in the background, and a hook before the step waits for what is left of them. All else is copied at once.
+copied in the background, and a hook before the step waits for what is left of them. All else is copied at once. What is
+frozen lies in the buffer since an earlier save: it is compared by checksum while the writing has begun.
 On a GPU the copies are queued on a stream of their own; the hook makes the GPU wait, not the program.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from lastgood.steady import OVERLAP_BYTES
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
 _SAMPLES = 4
+_THREADS = 2
+# To compare what is frozen, which one core does more slowly than the memory gives it.
 _PLANS = 16
 # Layouts that are remembered.
 
@@ -72,10 +75,14 @@ class Snapshot:
         """Cleared for good when a tensor was changed while it was being copied."""
         self._news = threading.Condition()
         # Kept: to start a thread takes milliseconds of the training's time when the thread is busy.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="lastgood-snapshot")
+        self._background = ThreadPoolExecutor(_THREADS, thread_name_prefix="lastgood-snapshot")
         self._filled = 0
-        self._late: list[_Late] = []
-        """What is to be copied in the background, until that has begun."""
+        """So many bytes of the buffer may be written."""
+        self._copying = False
+        self._comparing = 0
+        """Threads that still compare what the buffer holds since an earlier save."""
+        self._late: tuple[list[_Late], list[list[_Late]]] = [], []
+        """What is to be copied and compared in the background, until that has begun."""
         self._failure: str | None = None
         self._kept: dict[str, tuple[int, str]] = {}
         """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
@@ -150,9 +157,14 @@ class Snapshot:
             if queue:
                 self._queue(queue, steady)
                 self._queued = queued
+        copies = [item for item in late if item.kept is None]
+        same = [item for item in late if item.kept is not None]
+        shares = [share for share in (same[number::_THREADS] for number in range(_THREADS)) if share]
         with self._news:
-            self._filled = late[0].piece.at if late else self.layout.size
-            self._late = late
+            # What is kept is there: whether it still is what it should be shows later, and in time for the commit.
+            self._filled = copies[0].piece.at if copies else self.layout.size
+            self._copying, self._comparing = bool(copies), len(shares)
+            self._late = copies, shares
 
     def begin(self) -> None:
         """Begin with the copying in the background, where nobody has yet: the last thing that a save does.
@@ -160,12 +172,17 @@ class Snapshot:
         From then on it competes for the interpreter.
         """
         with self._news:
-            late, self._late = self._late, []
-        if late:
-            try:
-                self._background.submit(self._copy, late)
-            except RuntimeError:  # No more threads, or the interpreter is ending.
-                self._copy(late)
+            (copies, shares), self._late = self._late, ([], [])
+        if copies:
+            self._in_background(self._copy, copies)
+        for share in shares:
+            self._in_background(self._compare, share)
+
+    def _in_background(self, task: Callable[[list[_Late]], None], items: list[_Late]) -> None:
+        try:
+            self._background.submit(task, items)
+        except RuntimeError:  # No more threads, or the interpreter is ending.
+            task(items)
 
     def wait(self) -> None:
         """Return when every tensor may change: before an optimizer step, or before changing weights by hand.
@@ -177,7 +194,7 @@ class Snapshot:
         for event in self._events:
             torch.cuda.current_stream().wait_event(event)
         with self._news:
-            while self._filled < self.layout.size:
+            while self._copying or self._comparing:
                 self._news.wait()
 
     def close(self) -> None:
@@ -191,13 +208,25 @@ class Snapshot:
         self.view = memoryview(b"")
 
     def await_bytes(self, end: int) -> None:
-        """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment."""
+        """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment.
+
+        Not to raise proves nothing: that is what :meth:`confirm` is for.
+        """
         self.begin()
         for event in list(self._events):
             event.synchronize()
         self._look_at_queued()
         with self._news:
             while self._filled < end and self._failure is None:
+                self._news.wait()
+            if self._failure is not None:
+                raise SaveError(self._failure)
+
+    def confirm(self) -> None:
+        """Return when the whole buffer is there and known to be of one moment. Raises SaveError if it is not."""
+        self.await_bytes(self.layout.size)
+        with self._news:
+            while (self._copying or self._comparing) and self._failure is None:
                 self._news.wait()
             if self._failure is not None:
                 raise SaveError(self._failure)
@@ -212,15 +241,14 @@ class Snapshot:
         self._kept = {}
 
     def checksum_of(self, piece: Piece) -> str:
-        """The checksum of a frozen piece, which was compared with its tensor when it was not copied."""
-        self.await_bytes(piece.at + piece.size)
+        """The checksum of a frozen piece; of one that was not copied it is not confirmed yet."""
         known = self._kept.get(piece.name)
         return known[1] if known is not None else piece_checksum(piece, self)
 
     def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
         """Whether the state that was copied last is the present one, bit for bit."""
         try:
-            self.await_bytes(self.layout.size)
+            self.confirm()
         except SaveError:
             return False
         if _structure(tensors) != self._key:
@@ -238,30 +266,39 @@ class Snapshot:
             for item, following in zip(late, [*late[1:], None], strict=True):
                 size, at = item.piece.size, item.piece.at
                 base, source = self._buffer.data_ptr() + at, item.address
-                if item.kept is not None:
-                    # The buffer holds these bytes since the last save: looking is cheaper than copying.
-                    if checksum(memory(source, size)) != item.kept:
-                        return self._fail(item.piece.name)
-                    size = 0
                 for offset in range(0, size, _STRIDE):
                     part = min(_STRIDE, size - offset)
                     # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
                     ctypes.memmove(base + offset, source + offset, part)
-                    # The writer may follow, but the training may not go on before the last look below.
-                    self._advance(min(at + offset + part, self.layout.size - 1))
+                    self._advance(at + offset + part)
                 if item.changed():
                     return self._fail(item.piece.name)
-                if following is not None:
-                    self._advance(following.piece.at)
+                self._advance(self.layout.size if following is None else following.piece.at)
             # Once more: an operation that was under way raises the version counters only at its end.
             for item in late:
                 if item.changed():
                     return self._fail(item.piece.name)
-            self._advance(self.layout.size)
-            return None
         except BaseException as error:
             self._fail(f"({error})")
             raise
+        finally:
+            with self._news:
+                self._copying = False
+                self._news.notify_all()
+
+    def _compare(self, late: list[_Late]) -> None:
+        """Whether the tensors are what the buffer holds since an earlier save: looking is cheaper than copying."""
+        try:
+            for item in late:
+                if checksum(memory(item.address, item.piece.size)) != item.kept:
+                    return self._fail(item.piece.name)
+        except BaseException as error:
+            self._fail(f"({error})")
+            raise
+        finally:
+            with self._news:
+                self._comparing -= 1
+                self._news.notify_all()
 
     def _look_at_queued(self) -> None:
         """Whether something other than a step changed a tensor of the GPU since ``save``: before a step, or later."""
