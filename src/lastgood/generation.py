@@ -25,7 +25,7 @@ from pathlib import Path
 
 from lastgood import disk
 from lastgood.errors import LastGoodError, ReplacedError, RunHeldError
-from lastgood.files import is_temporary, replace_file
+from lastgood.files import is_temporary, replace_file, temporary_name
 from lastgood.values import Json
 from lastgood.world import World, machine_id
 
@@ -166,15 +166,12 @@ class Holder:
             **invitation,
         }
         try:
-            with disk.NewFile(_path(run, number, "json")) as file:
-                file.write(json.dumps(me).encode())
-                file.sync()
-            disk.sync_dir(directory)
+            _write_record(_path(run, number, "json"), me)
         except FileExistsError:
             lock.release()
             raise RunHeldError(_held(run, record(run, number))) from None
         except BaseException:
-            # Half a record would look like a job on another machine, for which the next one waits.
+            # A record without a job behind it would be waited for on another machine.
             with contextlib.suppress(OSError):
                 disk.remove(_path(run, number, "json"), missing_ok=True)
             lock.release()
@@ -193,12 +190,9 @@ class Holder:
         number = self.number + 1
         me = {**(record(self.run, self.number) or {}), "identity": self._identity, "world_size": world.size}
         try:
-            with disk.NewFile(_path(self.run, number, "json")) as file:
-                file.write(json.dumps(me).encode())
-                file.sync()
+            _write_record(_path(self.run, number, "json"), me)
         except FileExistsError:
             raise ReplacedError(_replaced(self.run, number)) from None
-        disk.sync_dir(self.run / "generations")
         self.number = number
         self.beat()
 
@@ -260,6 +254,31 @@ class Holder:
         for name in disk.names(directory):
             if is_temporary(name):
                 _remove(directory / name)
+
+
+def _write_record(path: Path, content: Json) -> None:
+    """Write a generation's file, all at once. Raises FileExistsError where another job has that number."""
+    data = json.dumps(content).encode()
+    temporary = temporary_name(path)
+    try:
+        _write_new(temporary, data)
+        try:
+            disk.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # No hard links here. A job that is killed in this moment leaves half a record, which looks like a job on
+            # another machine: the next one waits for it.
+            _write_new(path, data)
+    finally:
+        _remove(temporary)
+    disk.sync_dir(path.parent)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    with disk.NewFile(path) as file:
+        file.write(data)
+        file.sync()
 
 
 def _remove(path: Path) -> None:

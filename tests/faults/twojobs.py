@@ -21,7 +21,7 @@ from tests.faults import job as jobs
 from tests.faults.crash import KEPT, committed
 from tests.faults.job import Notes, read_notes
 from tests.faults.powerloss import quiet
-from tests.faults.processes import Ranks, scratch
+from tests.faults.processes import Ranks, end_all, scratch
 from tests.faults.report import Result
 
 BEAT_SECONDS = 0.05
@@ -325,6 +325,7 @@ def run(*, count: int) -> Result:
                     problems = list(case(place, random.Random(f"{name} {number}")))
                 except (AssertionError, TimeoutError, LastGoodError, OSError) as error:
                     problems = [f"{type(error).__name__}: {error}"]
+                end_all()
                 result.tried[name] += 1
                 result.failed += [f"{name}, number {number}: {problem}" for problem in problems[:1]]
                 shutil.rmtree(place, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from rank_processes import Rank, World, checkpoints, die, events, freeze, run_ra
 
 import lastgood
 from lastgood import Keep, LastGoodError, RunHeldError, SaveError, catalog, disk, generation
+from lastgood.files import is_temporary
 
 
 def state(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -85,6 +87,34 @@ def test_a_job_that_died_here_is_replaced_at_once(tmp_path: Path) -> None:
     run_ranks(1, first, tmp_path / "1", run=tmp_path / "run")
     step, seconds = run_ranks(1, second, tmp_path / "2", run=tmp_path / "run")[0].ok()
     assert step == 1 and seconds < 30
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_job_that_dies_while_it_takes_the_run_leaves_no_half_record(tmp_path: Path, links: bool) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    def first(rank: Rank) -> None:
+        def observe(operation: disk.Operation, when: str) -> None:
+            if when == "before" and operation.name == "write" and operation.path.parent.name == "generations":
+                die()
+
+        disk.observer = observe
+        lastgood.Checkpointer(rank.run, state=state())
+
+    def second(rank: Rank) -> float:
+        if not links:
+            disk.link = refuse
+        began = time.monotonic()
+        with lastgood.Checkpointer(rank.run, state=state()) as ckpt:
+            ckpt.save(1, blocking=True).result()
+        return time.monotonic() - began
+
+    assert run_ranks(1, first, tmp_path / "1", run=tmp_path / "run")[0].code == -signal.SIGKILL
+    assert len(disk.names(tmp_path / "run" / "generations")) == 1
+    assert run_ranks(1, second, tmp_path / "2", run=tmp_path / "run")[0].ok() < 30
+    names = disk.names(tmp_path / "run" / "generations")
+    assert "00000001.json" in names and not [name for name in names if is_temporary(name)]
 
 
 def test_a_job_whose_machine_vanished_is_replaced_once_its_heart_stands_still(tmp_path: Path) -> None:
