@@ -32,9 +32,9 @@ from lastgood.part import (
     tree_digest,
     write_file,
 )
+from lastgood.placement import Placement
 from lastgood.plan import structure
 from lastgood.shard import FROZEN, piece_checksum
-from lastgood.state import Placement
 from lastgood.values import Json
 from lastgood.world import World
 
