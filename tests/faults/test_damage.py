@@ -16,8 +16,8 @@ from lastgood.manifest import parse
 from lastgood.world import World
 from tests.faults import damage
 from tests.faults import job as jobs
-from tests.faults.crash import Killer
 from tests.faults.job import Job, Notes, read_notes
+from tests.faults.killer import Killer
 from tests.faults.processes import Ranks
 from tests.faults.test_crash import campaign
 
