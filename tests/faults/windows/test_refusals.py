@@ -238,6 +238,25 @@ def test_what_could_not_be_deleted_goes_with_the_next_save(tmp_path: Path) -> No
         assert [entry.step for entry in catalog.entries(tmp_path)] == [3]
 
 
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_a_checkpoint_that_could_not_be_deleted_goes_with_close_unless_it_is_wanted_again(
+    tmp_path: Path, rolled_back: bool
+) -> None:
+    ckpt = lastgood.Checkpointer(tmp_path, keep=lastgood.Keep(last=2), x=torch.zeros(100))
+    for step in (1, 2):
+        ckpt.save(step).result()
+    disk.observer = Refusing(32, lambda o: o.name == "remove" and o.path.name == "manifest.json")
+    ckpt.save(3).result()
+    ckpt._finish_save()
+    disk.observer = None
+    if rolled_back:
+        assert ckpt.restore(step=1) == 1
+    ckpt.close()
+    assert [entry.step for entry in catalog.entries(tmp_path)] == ([1, 2, 3] if rolled_back else [2, 3])
+    deleted = [event["step"] for event in read_events(tmp_path) if event["event"] == "delete"]
+    assert deleted == ([] if rolled_back else [1])
+
+
 def test_a_held_file_of_a_deleted_checkpoint_keeps_only_its_own_space(tmp_path: Path) -> None:
     entry = catalog.entry_of(tmp_path, "step-00000001")
     assert entry is not None
