@@ -1,6 +1,6 @@
 """The bug that this project starts from: two processes save under one temporary name, and move it to one target.
 
-usage: race.py HOW ROUNDS DIRECTORY
+usage: race.py HOW ROUNDS DIRECTORY SECONDS
 HOW: naive (torch.save and shutil.move), or lastgood (lastgood.save). The last line printed is a JSON object.
 """
 
@@ -17,17 +17,16 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-SECONDS = 0.3
-
 
 class Meeting:
-    """A value that is written when the other process has begun to write too, or after SECONDS.
+    """A value that is written when the other process has begun to write too, or some seconds later.
 
     The files of large models take seconds, and the ranks that leave a step begin together: so they are under way at
     the same time. Small files on a busy machine would only be so now and then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
@@ -35,7 +34,7 @@ class Meeting:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         self._socket.sendto(str(self.round).encode(), ("127.0.0.1", self.other))
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + self._seconds
         while (left := end - time.monotonic()) > 0:
             self._socket.settimeout(left)
             with contextlib.suppress(OSError):
@@ -44,11 +43,11 @@ class Meeting:
         return OrderedDict, ()
 
 
-def rank(number: int) -> None:
+def rank(number: int, seconds: float) -> None:
     """One of the two: takes a JSON command a line, and answers each."""
     import torch
 
-    meeting = Meeting()
+    meeting = Meeting(seconds)
     print(json.dumps({"port": meeting.port}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
@@ -76,13 +75,16 @@ def rank(number: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def race(how: str, rounds: int, directory: Path) -> dict[str, Any]:
+def race(how: str, rounds: int, directory: Path, seconds: str) -> dict[str, Any]:
     """Let the two run side by side; returns the rounds that failed, the errors, and the rounds without an error after
     which the target was not whole.
     """
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, "rank", str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "rank", str(number), seconds],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
     ]
@@ -124,6 +126,6 @@ def race(how: str, rounds: int, directory: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "rank":
-        rank(int(sys.argv[2]))
+        rank(int(sys.argv[2]), float(sys.argv[3]))
     else:
-        print(json.dumps(race(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))), flush=True)
+        print(json.dumps(race(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])), flush=True)
