@@ -32,7 +32,8 @@ def race(directory: Path, how: str, *before: str, seconds: float = 0.1) -> dict[
 
 def test_without_us_every_round_fails(tmp_path: Path) -> None:
     result = race(tmp_path, "naive", seconds=60)
-    assert result["failed"] == list(range(1, int(ROUNDS) + 1)), result
+    # But for rounds in which both delete the temporary name in one moment: the system lets both.
+    assert len(result["failed"]) >= 0.98 * int(ROUNDS), result
     kinds = ("winerror 32", "FileNotFoundError", "PermissionError, errno 13")
     assert all(any(kind in error for kind in kinds) for error in result["errors"]), result
 
