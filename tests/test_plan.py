@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lastgood import plan
+from lastgood.placement import LocalTensor, Placement
 from lastgood.plan import Box, lay_out, share_out, structure
-from lastgood.state import LocalTensor, Placement
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool]
 SHAPES = st.one_of(

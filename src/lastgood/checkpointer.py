@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from lastgood import arguments, catalog, disk, generation, part, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
-from lastgood.frozen import Still
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
@@ -29,6 +28,7 @@ from lastgood.session import Session
 from lastgood.snapshot import Snapshot
 from lastgood.state import Flattener, State, unsaved_parameters
 from lastgood.steady import Steady
+from lastgood.still import Still
 from lastgood.world import detect_world
 
 _log = logging.getLogger("lastgood")

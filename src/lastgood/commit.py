@@ -32,10 +32,9 @@ from lastgood.part import (
     tree_digest,
     write_file,
 )
+from lastgood.placement import Placement
 from lastgood.plan import structure
 from lastgood.shard import FROZEN, piece_checksum
-from lastgood.snapshot import Snapshot
-from lastgood.state import Placement
 from lastgood.values import Json
 from lastgood.world import World
 
@@ -44,8 +43,13 @@ _MARGIN = 4 << 20
 """Bytes beside the tensors: headers, the manifest, and what the file system needs for itself."""
 _CLEAR_PATIENCE = 1.0
 """Seconds to wait for a program that has a left-over open: clearing is tried again at the next save and at the end."""
+_TEMPORARY = NAME + ".tmp"
 _RETRY_WIDTH = 8
 """Saves after which a writer that was left out is tried again."""
+
+
+class _HeldError(SaveError):
+    """Everything is written, and the manifest could not get its name: the data are kept."""
 
 
 class Root:
@@ -64,6 +68,8 @@ class Root:
         """Ranks without whose random state training goes on."""
         self._reported: dict[int, Json] = {}
         """What each rank alone had, by its last report."""
+        self._complete: list[tuple[catalog.Entry, str]] = []
+        """Attempts whose data are complete, but whose manifest another program has open, and their message prefix."""
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
         """Directories of failed attempts, their message prefix, and the ranks that may still write into them."""
         self._saves = 0
@@ -105,9 +111,10 @@ class Root:
         except BaseException as error:
             reason = str(error) if isinstance(error, LastGoodError) else f"{type(error).__name__}: {error}"
             self._channel.post(prefix + "outcome", {"failed": reason})
-            if name is not None:
-                entry = catalog.entry_of(self._run, name)
-                assert entry is not None
+            entry = catalog.entry_of(self._run, name) if name is not None else None
+            if entry is not None and isinstance(error, _HeldError):
+                self._complete.append((entry, prefix))
+            elif entry is not None:
                 writing = {rank for rank in self._channel.connected if self._came(rank, request.step)}
                 self._litter.append((entry, prefix, writing))
                 self.clear()
@@ -205,7 +212,7 @@ class Root:
                 self._see(directory, rank, file)
                 files.append(file)
         manifest = self._manifest(request, attempt, reports, held, files)
-        written = self._commit(directory, manifest, request.buffer)
+        written = self._commit(directory, manifest, request)
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
@@ -406,10 +413,10 @@ class Root:
             shards=tuple(shards),
         )
 
-    def _commit(self, directory: Path, manifest: Manifest, buffer: Snapshot) -> Written:
+    def _commit(self, directory: Path, manifest: Manifest, request: Request) -> Written:
         # What we could not read back ourselves is not committed: a hole left by a lost rank shows here.
         check(manifest, str(directory / NAME))
-        temporary = directory / (NAME + ".tmp")
+        temporary = directory / _TEMPORARY
         data = manifest.to_bytes()
         with disk.NewFile(temporary) as file:
             file.write(data)
@@ -420,14 +427,26 @@ class Root:
         if self._group is not None:
             for name in disk.names(directory):
                 disk.give_to_group(directory / name, self._group)
-        buffer.confirm()  # Raises when the copy turns out not to be of one moment.
+        request.buffer.confirm()  # Raises when the copy turns out not to be of one moment.
         self._holder.check()
-        disk.replace(temporary, directory / NAME)
+        try:
+            disk.replace(temporary, directory / NAME)
+        except OSError as error:
+            if not disk.is_held(error):
+                raise
+            raise _HeldError(
+                f"step {manifest.step} was not saved: another program has {temporary} open, which so could not be "
+                f"renamed to {NAME} ({error}). The complete data are in {directory}: when that program lets go, the "
+                "next save or close() makes a checkpoint of them. The checkpoints before it are untouched."
+            ) from error
         disk.sync_dir(directory)
         return Written(manifest, checksum(data))
 
     def clear(self) -> None:
-        """Delete the directories of failed attempts into which nobody writes any more."""
+        """Finish the attempts that only lack the name of their manifest, and delete the directories of failed ones into
+        which nobody writes any more.
+        """
+        self._finish_held()
         left = []
         for entry, prefix, ranks in self._litter:
             busy = {
@@ -448,3 +467,20 @@ class Root:
                 _log.warning("the left-over of a failed save, %s, could not be deleted yet: %s", entry.path, error)
                 left.append((entry, prefix, set()))
         self._litter = left
+
+    def _finish_held(self) -> None:
+        left = []
+        for entry, prefix in self._complete:
+            try:
+                self._holder.check()
+                disk.replace(entry.path / _TEMPORARY, entry.path / NAME, patience=_CLEAR_PATIENCE)
+                disk.sync_dir(entry.path)
+            except (OSError, LastGoodError) as error:
+                if entry.is_committed():
+                    continue  # Somebody has renamed it by hand.
+                _log.warning("%s is complete, but is no checkpoint yet: %s", entry.path, error)
+                left.append((entry, prefix))
+                continue
+            self._channel.forget(prefix)
+            _log.warning("%s, whose manifest another program had open, is a checkpoint now", entry.path)
+        self._complete = left

@@ -20,10 +20,10 @@ from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
 from lastgood.manifest import Manifest, RankRecord
+from lastgood.placement import LocalTensor
 from lastgood.reading import Want, read_wanted
 from lastgood.state import (
     Flattener,
-    LocalTensor,
     clean,
     clean_names,
     kind_of,

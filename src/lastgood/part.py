@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lastgood import disk
 from lastgood.errors import LastGoodError
 from lastgood.manifest import Written, checksum, compact
+from lastgood.placement import LocalTensor, Placement
 from lastgood.plan import Layout
 from lastgood.shard import Buffer, Piece, piece_checksum
 from lastgood.shard import write as write_shard
-from lastgood.snapshot import Snapshot
-from lastgood.state import LocalTensor, Placement
 from lastgood.values import Json
+
+if TYPE_CHECKING:
+    from lastgood.snapshot import Snapshot
 
 
 @dataclass(slots=True)

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lastgood.disk import PAGE
-from lastgood.dtypes import DTYPE_NAMES
 from lastgood.manifest import DTYPE_BYTES, checksum
+from lastgood.placement import LocalTensor, Placement
 from lastgood.shard import Piece
-from lastgood.state import LocalTensor, Placement
 
 SPLIT_BYTES = 1 << 20
 """Smaller tensors are never cut in two."""
@@ -27,7 +26,7 @@ class Box:
 
 def nbytes(tensor: LocalTensor) -> int:
     """Bytes of this rank's part."""
-    return tensor.tensor.numel() * DTYPE_BYTES[DTYPE_NAMES[tensor.tensor.dtype]]
+    return tensor.tensor.numel() * DTYPE_BYTES[tensor.dtype]
 
 
 def share_out(tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> dict[int, list[Box]]:
@@ -131,8 +130,7 @@ def lay_out(
             tensor = tensors[box.name]
             alone = rank != 0 and tensor.placement in (Placement.LOCAL, Placement.UNKNOWN)
             label = f"rank{rank}/{box.name}" if alone else box.name
-            dtype = DTYPE_NAMES[tensor.tensor.dtype]
-            pieces.append(Piece(box.name, label, dtype, box.offsets, box.shape, tensor.shape, at))
+            pieces.append(Piece(box.name, label, tensor.dtype, box.offsets, box.shape, tensor.shape, at))
             at += math.prod(box.shape) * _width(tensor)
         return pieces
 
@@ -145,4 +143,4 @@ def lay_out(
 
 
 def _width(tensor: LocalTensor) -> int:
-    return DTYPE_BYTES[DTYPE_NAMES[tensor.tensor.dtype]]
+    return DTYPE_BYTES[tensor.dtype]

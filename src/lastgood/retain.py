@@ -22,6 +22,7 @@ from lastgood.shard import FROZEN
 _READ_AGAIN = 16
 """A file that several checkpoints share is read back in full at every so many verifications."""
 _log = logging.getLogger("lastgood")
+_POLICY = "the retention policy"
 _PATIENCE = 1.0
 """Seconds to wait for a program that has open what is to be deleted: it is tried again after every save."""
 
@@ -168,9 +169,11 @@ class Retention:
         self._run, self._keep, self._holder, self._report = run, keep, holder, report
         self._known: dict[str, Known] = {}
         self._unfinished: list[Entry] = []
-        """Checkpoints whose manifest is deleted, and whose data could not be."""
+        """What could not be deleted, or only its manifest."""
         self._read: dict[tuple[int, int], int] = {}
         """Files that several checkpoints may share: how many were verified since it was read back."""
+        self._decision: tuple[str | None, set[str]] = None, set()
+        """The newest checkpoint when the policy was applied last, and those that it did not want."""
         self.verified: str | None = None
         """The newest checkpoint that was read back, or that this life was restored from."""
 
@@ -205,7 +208,8 @@ class Retention:
             return []
         self._read_back(newest, written)
         self.verified = newest.name
-        return self._delete(doomed, "the retention policy")
+        self._decision = newest.name, {k.entry.name for k in doomed}
+        return self._delete(doomed, _POLICY)
 
     def _read_back(self, newest: Entry, written: Written | None) -> None:
         """Verify every byte of a checkpoint, but for a linked file that was read back lately under another name."""
@@ -234,15 +238,25 @@ class Retention:
                 gone += self._delete([k], "the disk has too little space for the next save")
         return gone
 
-    def finish(self) -> None:
-        """Try again to give back the space of what is no checkpoint any more."""
+    def finish(self, last: bool = False) -> None:
+        """Try again to delete what another program had open.
+
+        Args:
+            last: no save follows, with which the policy would decide anew about what still is a checkpoint.
+        """
         left, self._unfinished = self._unfinished, []
+        decided, unwanted = self._decision
         for entry in left:
-            if entry.is_committed() or not disk.exists(entry.path):
+            whole = entry.is_committed()
+            # After a roll-back it may be wanted again.
+            still_unwanted = last and entry.name in unwanted and decided == self.verified
+            if not disk.exists(entry.path) or (whole and not still_unwanted):
                 continue
             self._holder.check()
             try:
                 catalog.delete(entry, patience=_PATIENCE)
+                if whole:
+                    self._report("delete", entry, _POLICY)
             except OSError as error:
                 _log.warning("%s could not be deleted yet: %s", entry.path, error)
                 self._unfinished.append(entry)

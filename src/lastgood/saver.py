@@ -117,7 +117,7 @@ class Saver:
         if self.root is not None:
             self.root.clear()
             try:
-                self.retention.finish()
+                self.retention.finish(last=True)
             except LastGoodError as error:
                 _log.warning("%s", error)
         if self._copier is not None and not self._copier.close(seconds):

@@ -21,9 +21,9 @@ from lastgood.disk import PAGE
 from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
 from lastgood.manifest import checksum
+from lastgood.placement import LocalTensor, Placement
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece, piece_checksum
-from lastgood.state import LocalTensor, Placement
 from lastgood.steady import OVERLAP_BYTES
 
 _STRIDE = 16 << 20

@@ -7,7 +7,6 @@ once, so tied weights stay tied.
 
 from __future__ import annotations
 
-import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,39 +19,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from lastgood import values
 from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
+from lastgood.placement import LocalTensor, Placement
 from lastgood.values import Json
-
-
-class Placement(enum.Enum):
-    """Who holds the bytes of a tensor, and so who writes them."""
-
-    ROOT = "root"
-    """Rank 0's version counts: everything in a job of one process, and buffers under DDP."""
-    REPLICATED = "replicated"
-    """The same on every rank, by what holds it (DDP) or by what the caller said: the writing is shared out."""
-    SHARDED = "sharded"
-    """Every rank holds a box of it (DTensor)."""
-    LOCAL = "local"
-    """Every rank has its own."""
-    UNKNOWN = "unknown"
-    """Nobody said: rank 0 writes it, another rank only where its version differs."""
-
-
-@dataclass(slots=True)
-class LocalTensor:
-    """A tensor of the state, as this rank holds it."""
-
-    tensor: torch.Tensor
-    """The part in this rank's memory."""
-    placement: Placement
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    offsets: tuple[int, ...]
-    """Where this rank's part begins in the whole."""
-    whole: torch.Tensor
-    """The tensor as the object holds it: for a DTensor, the DTensor."""
-    writes: bool = True
-    """For SHARDED: False on a rank that holds a second copy of a box."""
 
 
 @dataclass(slots=True)

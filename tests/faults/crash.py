@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Literal
 from lastgood import disk
 from tests.faults import job as jobs
 from tests.faults.job import Kind, Notes, read_notes
+from tests.faults.killer import Killer, Moment
 from tests.faults.processes import Ranks, scratch
 from tests.faults.report import Result
 
-Moment = Literal["before", "torn", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "torn", "after")
 Scenario = Literal["new", "old"]
 """Whether the run that is killed is empty, or holds checkpoints, history and the left-over of a dead save."""
@@ -36,9 +35,6 @@ LINKED = 2
 """So many steps more, where files are shared by hard link: that begins with the third save of a life."""
 KEPT = 2
 _STEP = re.compile(r"step-(\d+)(?:\.g(\d+)(?:\.(\d+))?)?")
-_UNCOUNTED = ("read", "overwrite")
-# A read changes nothing on the disk, so a kill around it is a kill after the operation before. The heartbeat comes by
-# the clock, so it has no place in the order.
 
 
 @dataclass(frozen=True)
@@ -59,44 +55,6 @@ class Point:
             f"{self.world} rank(s), {self.kind}, {self.scenario} run: rank {self.victim} killed {self.moment} "
             f"operation {self.number} ({self.operation})"
         )
-
-
-class Killer:
-    """The observer that ends this process, or only counts."""
-
-    def __init__(self, number: int | None = None, moment: Moment = "before") -> None:
-        self.seen: list[str] = []
-        self.done: set[int] = set()
-        """Those of the operations that succeeded."""
-        self._number, self._moment = number, moment
-        self._lock = threading.Lock()
-        self._mine = threading.local()
-
-    def __call__(self, operation: disk.Operation, when: Literal["before", "after"]) -> None:
-        if operation.name in _UNCOUNTED:
-            return
-        if when == "before":
-            with self._lock:
-                self._mine.number = len(self.seen)
-                self.seen.append(f"{operation.name} {operation.path.name}")
-        else:
-            self.done.add(self._mine.number)
-        if self._mine.number != self._number or (when == "after") != (self._moment == "after"):
-            return
-        if self._moment == "torn":
-            _tear(operation)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _tear(operation: disk.Operation) -> None:
-    """Do one half of a write."""
-    assert operation.data is not None
-    half = operation.data[: len(operation.data) // 2]
-    if operation.file is not None:
-        operation.file.write(half)
-    else:
-        with operation.path.open("ab", buffering=0) as file:
-            file.write(half)
 
 
 def committed(run: Path) -> list[tuple[int, int, str]]:

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lastgood import Checkpointer, Keep, disk
-from tests.faults.crash import Killer, Moment, committed
+from tests.faults.crash import committed
 from tests.faults.job import FAST_SECONDS, Job, Notes, limit_threads, read_notes
+from tests.faults.killer import Killer, Moment
 from tests.faults.processes import Ranks, scratch
 from tests.faults.report import Result
 

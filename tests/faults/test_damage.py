@@ -16,12 +16,12 @@ from lastgood.manifest import parse
 from lastgood.world import World
 from tests.faults import damage
 from tests.faults import job as jobs
-from tests.faults.crash import Killer
 from tests.faults.job import Job, Notes, read_notes
+from tests.faults.killer import Killer
 from tests.faults.processes import Ranks
 from tests.faults.test_crash import campaign
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign")
+fork = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign")
 
 
 def open_run(run: Path, job: Job) -> Checkpointer:
@@ -138,6 +138,7 @@ def test_a_damaged_step_is_saved_again_beside_it(run: Path) -> None:
     assert restored(run)[0] == 3, "the damaged first attempt must not be tried before its parent, and it is damaged"
 
 
+@fork
 def test_an_abandoned_branch_never_comes_back(run: Path, tmp_path: Path) -> None:
     """Rolled back to step 2, trained to another 4 and killed in the save of 5; then everything after 2 is damaged."""
 
@@ -213,6 +214,7 @@ def places(size: int, count: int) -> Iterator[tuple[int, int]]:
         yield draw.randrange(size), 1 << draw.randrange(8)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX: pwrite")
 def test_a_flipped_bit_in_a_shard_is_always_noticed_and_never_loaded(run: Path) -> None:
     found = entry(run, 4)
     manifest = catalog.read_manifest(found)
@@ -235,6 +237,7 @@ def test_a_flipped_bit_in_a_shard_is_always_noticed_and_never_loaded(run: Path) 
     assert restored(run)[0] == 4
 
 
+@fork
 def test_flipped_bits_and_lost_sectors() -> None:
     assert "0 failed" in campaign("damage", "--count", "300")
 

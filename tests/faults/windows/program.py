@@ -1,6 +1,6 @@
 """A small training job of one or two ranks, for every system: trained undisturbed first, then saved, killed, resumed.
 
-usage: program.py RUN NOTES RANK WORLD UNTIL [--kill-at STEP] [--ddp PORT] [--undisturbed]
+usage: program.py RUN NOTES RANK WORLD UNTIL [--kill-at STEP WHERE] [--ddp PORT] [--undisturbed]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import lastgood
 from faults.job import Job
+from faults.killer import end_at_once
 from lastgood import disk
 
 SECONDS = 120.0
+KEEP = lastgood.Keep(last=2)
 
 
 def build(rank: int, ddp: bool) -> Job:
@@ -54,25 +57,41 @@ def _numbers(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else None
 
 
-def die_in_the_next_write(operation: disk.Operation, moment: Literal["before", "after"]) -> None:
-    if operation.name == "write" and operation.path.suffix == ".safetensors" and operation.file is not None:
-        assert operation.data is not None
-        operation.file.write(operation.data[: len(operation.data) // 2])
-        os._exit(9)
+MOMENTS = {
+    "in a shard": ("write", ".safetensors"),
+    "in the manifest": ("write", ".tmp"),
+    "before the commit": ("replace", ".json"),
+    "in the clean-up": ("rmdir", ""),
+}
+"""Where a life is ended: the name of the disk operation, and how its path ends. A write is done by half."""
 
 
-def live(run: Path, rank: int, world: int, until: int, *, ddp: bool = False, kill_at: int | None = None) -> Any:
+def die_at(name: str) -> None:
+    """From now on, end this process at the next such operation."""
+    wanted, suffix = MOMENTS[name]
+
+    def die(operation: disk.Operation, moment: Literal["before", "after"]) -> None:
+        if operation.name != wanted or not operation.path.name.endswith(suffix) or moment == "after":
+            return
+        if operation.data is not None and operation.file is not None:
+            operation.file.write(operation.data[: len(operation.data) // 2])
+        end_at_once()
+
+    disk.observer = die
+
+
+def live(run: Path, rank: int, world: int, until: int, *, ddp: bool = False, kill_at: Sequence[str] = ()) -> Any:
     """One life: restore, train, save every step. Returns the step it began at, and the digests there and at the end."""
     job = build(rank, ddp)
     place = {} if ddp else {"rank": rank, "world_size": world}
-    with lastgood.Checkpointer(run, deadline=SECONDS, **place, **job.options, **job.objects) as ckpt:
+    with lastgood.Checkpointer(run, deadline=SECONDS, keep=KEEP, **place, **job.options, **job.objects) as ckpt:
         start = ckpt.restore()
         began = values(job)
         for step in range(start + 1, until + 1):
             train(job, step, rank)
             ckpt.wait()
-            if step == kill_at:
-                disk.observer = die_in_the_next_write
+            if kill_at and step == int(kill_at[0]):
+                die_at(kill_at[1])
             ckpt.save(step)
     return {"start": start, "began": began, "until": until, "ended": values(job)}
 
@@ -93,7 +112,7 @@ def main() -> None:
     parser.add_argument("notes", type=Path)
     for name in ("rank", "world", "until"):
         parser.add_argument(name, type=int)
-    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--kill-at", nargs=2, default=())
     parser.add_argument("--ddp", type=int)
     parser.add_argument("--undisturbed", action="store_true")
     options = parser.parse_args()

@@ -98,6 +98,38 @@ def test_a_temporary_file_that_is_held_for_a_moment_is_put_in_place(tmp_path: Pa
     assert disk.read_bytes(path, limit=1 << 20) == NEW  # It may still be held: such a file can be renamed.
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_temporary_file_that_stays_held_is_the_name_in_the_error(tmp_path: Path, other: Holder, mode: str) -> None:
+    path = tmp_path / "模型.pth"
+    put(path, OLD)
+    hold_source_of(path, other, mode, None)
+    if mode in DELETABLE:
+        put(path, NEW, patience=0.2)  # Such a program lets the file be renamed.
+        other.drop()
+        assert path.read_bytes() == NEW
+    else:
+        with pytest.raises(LastGoodError, match="complete new data are in") as caught:
+            put(path, NEW, patience=0.2)
+        (kept,) = (name for name in tmp_path.iterdir() if name != path)
+        assert str(kept) in str(caught.value)
+        assert path.read_bytes() == OLD
+        other.drop()
+        assert kept.read_bytes() == NEW
+    other.drop()
+    put(path, NEW + NEW)
+    assert path.read_bytes() == NEW + NEW
+
+
+def test_the_deadline_is_ten_seconds(tmp_path: Path, other: Holder) -> None:
+    path = tmp_path / "last.pth"
+    put(path, OLD)
+    other.hold(path, "reading")
+    began = time.monotonic()
+    with pytest.raises(LastGoodError, match="complete new data are in"):
+        lastgood.save({"w": torch.ones(3)}, path)
+    assert 9 < time.monotonic() - began < 30
+
+
 def hold_source_of(target: Path, other: Holder, mode: str, seconds: float | None) -> None:
     """Hold the temporary file in the moment in which it is to be put in the place of `target`, once."""
     done = False
@@ -158,7 +190,23 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "_CLEAR_PATIENCE", 0.1)
 
 
-TOUCHED = ("manifest in the making", "last manifest", "last shard", "doomed manifest", "doomed shard", "events", "beat")
+TOUCHED = (
+    *("manifest in the making", "shard in the making", "last manifest", "last shard"),
+    *("doomed manifest", "doomed shard", "events", "beat"),
+)
+
+
+def hold_written_shard(other: Holder, mode: str, seconds: float | None) -> None:
+    """Hold the next shard as soon as it is written, before the commit, once."""
+    done = False
+
+    def hold(operation: disk.Operation, moment: Literal["before", "after"]) -> None:
+        nonlocal done
+        if operation.name == "create" and operation.path.name == "manifest.json.tmp" and not done:
+            done = True
+            other.hold(operation.path.with_name("00000.safetensors"), mode, seconds)
+
+    disk.observer = hold
 
 
 class Training:
@@ -192,17 +240,21 @@ class Training:
         }
         if what in places:
             self.other.hold(places[what], mode, seconds)
+        elif what == "shard in the making":
+            hold_written_shard(self.other, mode, seconds)
         else:
             hold_source_of(Path("manifest.json"), self.other, mode, seconds)
 
-    def end(self) -> None:
+    def end(self, last_save: bool = True, late: int = 0) -> None:
         """What must be true in the end, whatever happened in between."""
         disk.observer = None
-        self.save().result(60)
-        self.settle()
+        if last_save:
+            self.save().result(60)
+            self.settle()
         self.ckpt.close()
         known = catalog.committed(self.run)
-        assert [entry.step for entry in known] == [self.step - 1, self.step]
+        # What became a checkpoint only in close() has nothing deleted for it before the next save.
+        assert [entry.step for entry in known][late:] == [self.step - 1, self.step]
         assert sorted(entry.name for entry in catalog.entries(self.run)) == sorted(entry.name for entry in known)
         for entry in known:
             assert sorted(os.listdir(entry.path)) == ["00000.safetensors", "manifest.json"]
@@ -248,6 +300,26 @@ def test_a_file_of_a_run_that_stays_held_is_overcome_when_it_is_let_go(
     # A reader that shares deletion does not keep the manifest from its place.
     assert failed == (len(MODES) - len(DELETABLE) if what == "manifest in the making" else 0)
     training.end()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("what", TOUCHED)
+def test_a_file_of_a_run_that_is_let_go_after_the_last_save_is_put_right_by_close(
+    tmp_path: Path, other: Holder, what: str
+) -> None:
+    training = Training(tmp_path / "run", other)
+    training.hold(what, "reading", None)
+    handle = training.save()
+    assert handle.wait(60)
+    training.settle()
+    if what == "manifest in the making":
+        with pytest.raises(LastGoodError, match="complete data are in") as caught:
+            handle.result()
+        (directory,) = (entry.path for entry in catalog.entries(training.run) if not entry.is_committed())
+        assert str(directory) in str(caught.value)
+        assert sorted(os.listdir(directory)) == ["00000.safetensors", "manifest.json.tmp"]
+    other.drop()
+    training.end(last_save=False, late=what == "manifest in the making")
 
 
 @pytest.mark.parametrize("what", ["last manifest", "last shard"])

@@ -15,10 +15,11 @@ pytestmark = [pytest.mark.skipif(os.name != "nt", reason="needs Windows"), pytes
 ROUNDS = os.environ.get("LASTGOOD_ROUNDS", "100")
 
 
-def race(directory: Path, how: str, *before: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
+def race(directory: Path, how: str, *before: str, seconds: float = 0.1) -> dict[str, Any]:
+    """With us one of the two may not write at all: the other should not wait for it for long."""
     script = str(Path(__file__).with_name("race.py"))
     done = subprocess.run(
-        [sys.executable, *before, script, how, ROUNDS, str(directory), *options],
+        [sys.executable, *before, script, how, ROUNDS, str(directory), str(seconds)],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -29,20 +30,24 @@ def race(directory: Path, how: str, *before: str, options: tuple[str, ...] = ())
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_without_us_saves_are_lost(tmp_path: Path) -> None:
-    result = race(tmp_path, "naive", options=("--stop-early",))
-    assert len(result["errors"]) >= 5
-    assert any("winerror 32" in error or "FileNotFoundError" in error for error in result["errors"]), result
+def test_without_us_every_round_fails(tmp_path: Path) -> None:
+    result = race(tmp_path, "naive", seconds=60)
+    # But for rounds in which both delete the temporary name in one moment: the system lets both.
+    assert len(result["failed"]) >= 0.98 * int(ROUNDS), result
+    kinds = ("winerror 32", "FileNotFoundError", "PermissionError, errno 13")
+    assert all(any(kind in error for kind in kinds) for error in result["errors"]), result
+
+
+NEVER: dict[str, Any] = {"failed": [], "errors": {}, "broken": []}
 
 
 def test_with_lastgood_save_never(tmp_path: Path) -> None:
-    result = race(tmp_path, "lastgood")
-    assert result == {"how": "lastgood", "rounds": int(ROUNDS), "errors": [], "broken": []}
+    assert race(tmp_path, "lastgood") == {"how": "lastgood", "rounds": int(ROUNDS), **NEVER}
     assert os.listdir(tmp_path) == ["最新 last.pth"]
 
 
 def test_with_lastgood_run_never(tmp_path: Path) -> None:
     # The program is the first one, unchanged.
     result = race(tmp_path, "naive", "-m", "lastgood", "run", "--", sys.executable)
-    assert result == {"how": "naive", "rounds": int(ROUNDS), "errors": [], "broken": []}
+    assert result == {"how": "naive", "rounds": int(ROUNDS), **NEVER}
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["最新 last.pth"]

@@ -96,12 +96,36 @@ def test_what_is_held_for_good_stops_no_training_and_is_put_right_afterwards(
     assert train(tmp_path, 6, hold) == ["committed"] * 4 + [outcome, "committed"]
     disk.observer = None
     assert refusing.count or what == "the beat"
-    kept = [6, 4] if outcome == "failed" else [6, 5]
-    assert [entry.step for entry in reversed(catalog.entries(tmp_path))] == kept
+    # Also the one that failed: when the file was let go, the next save made a checkpoint of it.
+    assert [entry.step for entry in catalog.entries(tmp_path)] == [5, 6]
     for entry in catalog.committed(tmp_path):
         catalog.check_full(entry)
     logged = [event["step"] for event in read_events(tmp_path) if event["event"] in ("save", "save-failed")]
     assert logged == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("code", [5, 32, 33])
+def test_a_manifest_that_is_held_for_good_leaves_the_complete_data_under_the_name_in_the_error(
+    tmp_path: Path, code: int
+) -> None:
+    x = torch.zeros(100)
+    ckpt = lastgood.Checkpointer(tmp_path, x=x)
+    ckpt.save(1).result()
+    disk.observer = Refusing(code, lambda o: o.name == "replace" and o.path.name == "manifest.json")
+    x += 1
+    with pytest.raises(SaveError, match="complete data are in") as caught:
+        ckpt.save(2).result()
+    (directory,) = (entry.path for entry in catalog.entries(tmp_path) if not entry.is_committed())
+    assert str(directory) in str(caught.value)
+    assert sorted(disk.names(directory)) == ["00000.safetensors", "manifest.json.tmp"]
+    assert catalog.newest(tmp_path) == catalog.entry_of(tmp_path, "step-00000001")
+    disk.observer = None
+    ckpt.close()
+    assert [entry.step for entry in catalog.committed(tmp_path)] == [1, 2]
+    y = torch.zeros(100)
+    with lastgood.Checkpointer(tmp_path, x=y) as again:
+        assert again.restore() == 2
+    assert torch.equal(x, y)
 
 
 def test_a_left_over_that_is_held_to_the_end_is_cleared_by_the_next_job(tmp_path: Path) -> None:
@@ -212,6 +236,25 @@ def test_what_could_not_be_deleted_goes_with_the_next_save(tmp_path: Path) -> No
         ckpt.save(3).result()
         ckpt._finish_save()
         assert [entry.step for entry in catalog.entries(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_a_checkpoint_that_could_not_be_deleted_goes_with_close_unless_it_is_wanted_again(
+    tmp_path: Path, rolled_back: bool
+) -> None:
+    ckpt = lastgood.Checkpointer(tmp_path, keep=lastgood.Keep(last=2), x=torch.zeros(100))
+    for step in (1, 2):
+        ckpt.save(step).result()
+    disk.observer = Refusing(32, lambda o: o.name == "remove" and o.path.name == "manifest.json")
+    ckpt.save(3).result()
+    ckpt._finish_save()
+    disk.observer = None
+    if rolled_back:
+        assert ckpt.restore(step=1) == 1
+    ckpt.close()
+    assert [entry.step for entry in catalog.entries(tmp_path)] == ([1, 2, 3] if rolled_back else [2, 3])
+    deleted = [event["step"] for event in read_events(tmp_path) if event["event"] == "delete"]
+    assert deleted == ([] if rolled_back else [1])
 
 
 def test_a_held_file_of_a_deleted_checkpoint_keeps_only_its_own_space(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -74,6 +75,18 @@ def drive(request: pytest.FixtureRequest) -> Iterator[Path]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture
+def share(drive: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A directory that Windows programs find under the name of a share."""
+    server = ROOT / "prefix" / "dosdevices" / "unc" / f"server-{os.getpid()}"
+    server.mkdir(parents=True)
+    (drive / "shared").mkdir()
+    (server / "share").symlink_to(drive / "shared")
+    monkeypatch.setenv("LASTGOOD_SHARE", rf"\\{server.name}\share")
+    yield
+    shutil.rmtree(server)
+
+
 FULL = "LASTGOOD_ROUNDS" in os.environ
 LONG = {"test_snapshot.py", "test_frozen.py", "test_state_modules.py", "test_state_optimizers.py"}
 """What these try is the same on every system; they take longest, and belong to the full form."""
@@ -83,9 +96,10 @@ CORE = sorted(
     if path.name not in left_out.LEFT_OUT and path.name != "test_files.py" and (FULL or path.name not in LONG)
 )
 GROUPS = {
-    "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 80),
-    "ways": (["faults/windows/test_ways.py"], 34),
+    "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 115),
+    "ways": (["faults/windows/test_ways.py"], 36),
     "single files": (["test_files.py"], 10),
+    "damage": (["faults/test_damage.py"], 10),
     "core": (CORE, 580 if FULL else 480),
     "command line": ([f"cli/{path.name}" for path in (TREE / "tests" / "cli").glob("test_*.py")], 70),
     "lastgood run": (
@@ -93,11 +107,13 @@ GROUPS = {
         40 if FULL else 23,
     ),
     "race": (["faults/windows/test_race.py"], 3),
-    "jobs": (["faults/windows/test_jobs.py"], 3),
+    "jobs": (["faults/windows/test_jobs.py"], 10),
+    "crashes": (["faults/windows/test_byte_crashes.py"], 5),
 }
 """Test files, and how many tests in them have to pass on Windows at least."""
 
 
+@pytest.mark.usefixtures("share")
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_windows(drive: Path, group: str) -> None:
     report = drive / "report.xml"
@@ -116,6 +132,39 @@ def test_on_windows(drive: Path, group: str) -> None:
     assert len(passed) >= least
     wrong = {reason for reason in skipped if not any(allowed in reason for allowed in ALLOWED)}
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_ctrl_c_at_a_console_saves_and_ends_with_75(drive: Path) -> None:
+    """A terminal is a console for Wine: its keys come as Windows' console sends them, and its output goes there."""
+    script = (
+        "import sys, lastgood, time\n"
+        "print('终端', sys.stdout.isatty())\n"
+        "for step in lastgood.Checkpointer(sys.argv[1], x=1).steps(10**9):\n"
+        "    step == 1 and print('training', flush=True)\n"
+        "    time.sleep(0.01)\n"
+    )
+    keyboard, screen = os.openpty()
+    process = subprocess.Popen(
+        [str(ROOT / "wpython"), "-c", script, windows_name(drive / "训练")],
+        env={**os.environ, "WPYTHON_SECONDS": "300", "WPYTHON_PATH": windows_name(TREE / "src")},
+        **dict.fromkeys(("stdin", "stdout", "stderr"), screen),
+        start_new_session=True,
+    )
+    os.close(screen)
+    shown = b""
+    try:
+        while b"training" not in shown:
+            shown += os.read(keyboard, 4096)
+        os.write(keyboard, b"\x03")
+        with contextlib.suppress(OSError):  # The end of the terminal.
+            while part := os.read(keyboard, 4096):
+                shown += part
+        assert process.wait(100) == 75, shown.decode(errors="replace")
+    finally:
+        process.kill()
+        os.close(keyboard)
+    assert "终端".encode() in shown and b"True" in shown
+    assert len(catalog.committed(drive / "训练")) == 1
 
 
 def test_a_run_goes_from_linux_to_windows_and_back(drive: Path) -> None:

@@ -71,6 +71,36 @@ def test_a_run_in_the_extended_form_of_its_name_is_the_same_run(tmp_path: Path) 
         assert ckpt.restore() == 2
 
 
+@pytest.fixture
+def share() -> Path:
+    r"""A directory under a name such as ``\\server\share``."""
+    if "LASTGOOD_SHARE" not in os.environ:
+        pytest.skip("needs Windows, with the name of a share in LASTGOOD_SHARE")
+    return Path(os.environ["LASTGOOD_SHARE"])
+
+
+@windows
+@pytest.mark.parametrize("length", [0, 300])
+def test_a_run_on_a_share(share: Path, length: int) -> None:
+    run = share / f"训练 {length}"
+    while len(str(run)) < length:
+        run = run / ("深" * 30)
+    with lastgood.Checkpointer(run, keep=lastgood.Keep(last=2), 模型=torch.ones(3), note="中文") as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, blocking=True)
+        assert command("verify", str(run)).returncode == 0
+    restored = torch.zeros(3)
+    extended = "\\\\?\\UNC\\" + str(run)[2:]
+    for name in (str(run), extended, str(run).replace("\\", "/")):
+        with lastgood.Checkpointer(name, 模型=restored, note="") as ckpt:
+            assert ckpt.restore() == 3
+        assert torch.equal(restored, torch.ones(3))
+    assert [entry.step for entry in catalog.entries(run)] == [2, 3]
+    for target in (run / "权重.pth", Path(extended) / "权重.pth"):
+        lastgood.save({"w": restored}, target)
+        assert torch.equal(lastgood.load(run / "权重.pth")["w"], restored)
+
+
 @windows
 def test_another_case_of_a_name_is_the_same_run(tmp_path: Path) -> None:
     run_of_two(tmp_path / "Voice")

