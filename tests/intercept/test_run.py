@@ -225,6 +225,23 @@ def test_a_file_that_another_program_replaced_is_not_called_damaged(tmp_path: Pa
     assert "loaded 2" in output and code == 0
 
 
+def test_every_file_of_the_program_may_be_a_checkpoint(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import json, torch
+        with open("state.json", "w") as file: json.dump([1], file)
+        with open("notes", "w") as file: file.write("one")
+        torch.save([1], "last.pth")
+        """,
+        "--match",
+        "*",
+    )
+    assert code == 0, output
+    assert "3 files saved" in output
+    assert {Path(finding.path).name for finding in journal.verify(tmp_path)} == {"state.json", "notes", "last.pth"}
+
+
 def test_an_error_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
