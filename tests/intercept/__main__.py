@@ -19,6 +19,10 @@ from campaigns import CAMPAIGNS, crash_everywhere, lost
 
 from tests.faults.report import Result, record
 
+NOTE = (
+    "The checkpoints are on tmpfs. In the middle of writes, the working directory of GPT-SoVITS is on a disk, so that "
+    "its moves go across file systems."
+)
 PAGE = Path(__file__).parents[2] / "docs" / "run.md"
 
 
@@ -36,6 +40,7 @@ def run(names: list[str], workers: int) -> Result:
         result.tried[campaign.title] += sum(point["killed"] for point in points)
         result.failed += [f"{campaign.title}: {point}" for point in lost(points)]
         print(f"{name}: {result.tried[campaign.title]} killed, {len(lost(points))} lost", flush=True)
+    result.notes.append(NOTE)
     return result
 
 
