@@ -168,6 +168,87 @@ def test_a_late_rank_that_moved_the_newer_state_itself_puts_no_old_one_over_it(t
 
 
 @posix
+@pytest.mark.parametrize("across", [False, True], ids=["one file system", "two file systems"])
+def test_rank_0_does_not_move_what_a_late_rank_saved_in_place_of_its_own(
+    tmp_path: Path, memory: Path, across: bool
+) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, shutil, torch
+        target = os.environ["TARGET"]
+        (saved, tell_saved), (moved, tell_moved), (last, tell_last) = os.pipe(), os.pipe(), os.pipe()
+        late = os.fork()
+        os.environ.update(RANK="1" if late == 0 else "0", WORLD_SIZE="2")
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        def move():
+            shutil.move("tmp.pth", target)
+
+        if late == 0:
+            os.read(saved, 1)
+            save(1), move()     # What it moves is rank 0's third state.
+            save(2)
+            os.write(tell_moved, b"x")
+            os.read(last, 1)
+            move()
+            os._exit(0)
+        save(1), move(), save(2), move(), save(3)
+        os.write(tell_saved, b"x")
+        os.read(moved, 1)
+        move()                  # What lies there is the other's second state.
+        before = torch.load(target)
+        os.write(tell_last, b"x")
+        assert os.wait()[1] == 0
+        assert (before, torch.load(target)) == ([3], [3]), (before, torch.load(target))
+        save(4), move()
+        assert torch.load(target) == [4] and not os.path.exists("tmp.pth")
+        """,
+        TARGET=str((memory if across else tmp_path) / "last.pth"),
+    )
+    assert code == 0, output
+
+
+@posix
+def test_rank_0_killed_in_a_save_does_not_make_another_ranks_state_its_own(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        (begun, tell_begun), (saved, tell_saved), (killed, tell_killed) = os.pipe(), os.pipe(), os.pipe()
+        late = os.fork()
+        os.environ.update(RANK="1" if late == 0 else "0", WORLD_SIZE="2")
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        if late == 0:
+            os.read(begun, 1)
+            save(1)
+            os.write(tell_saved, b"x")
+            os.read(killed, 1)
+            os.replace("tmp.pth", "last.pth")
+            os._exit(0)
+        if os.fork() == 0:
+            import _lastgood_run.system as system
+            save(1), os.replace("tmp.pth", "last.pth")
+            save(2), os.replace("tmp.pth", "last.pth")
+            os.write(tell_begun, b"x")
+            os.read(saved, 1)
+            system.replace = lambda source, target: os._exit(0)     # Killed: the journal is written, and no more.
+            save(3)
+        os.wait()
+        os.write(tell_killed, b"x")
+        os.wait()
+        assert torch.load("last.pth") == [2], torch.load("last.pth")
+        """,
+    )
+    assert code == 0, output
+
+
+@posix
 def test_save_on_rank0_writes_once_and_the_others_see_it_as_done(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
