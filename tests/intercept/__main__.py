@@ -39,7 +39,7 @@ def run(names: list[str], workers: int) -> Result:
         shutil.rmtree(disk)
         result.tried[campaign.title] += sum(point["killed"] for point in points)
         result.failed += [f"{campaign.title}: {point}" for point in lost(points)]
-        print(f"{name}: {result.tried[campaign.title]} killed, {len(lost(points))} lost", flush=True)
+        print(f"{name}: {result.tried[campaign.title]} killed, {len(lost(points))} lost", *lost(points), flush=True)
     result.notes.append(NOTE)
     return result
 
@@ -52,8 +52,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes side by side")
     options = parser.parse_args(arguments)
     result = run(options.names or list(CAMPAIGNS), options.workers)
-    for problem in result.failed:
-        print("FAILED", problem)
     print(result.text())
     if options.record:
         wanted = [argument for argument in arguments if argument != "--record"]

@@ -84,8 +84,8 @@ CAMPAIGNS: dict[str, Campaign] = {
         quick=121,
         ranks=2,
         preload=HUGGING_FACE,
-        full=5,
-        torn={"quick": 61, "full": 3},
+        full=7,
+        torn={"quick": 61, "full": 5},
     ),
     **_both('Lightning, ckpt_path="last"', program="lightning_last.py", quick=11, preload=LIGHTNING),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -346,6 +347,22 @@ def test_an_error_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
     assert code == launch.LAST_SAVE_FAILED, output
     assert "the last save FAILED" in output
     assert not [path for path in (tmp_path / ".lastgood").iterdir() if path.name.startswith("tmp-")]
+
+
+def test_a_side_file_is_safe_before_the_process_saves_its_first_checkpoint(tmp_path: Path) -> None:
+    """As after a resume, or in a rank that saves nothing else."""
+    save = "import json, os, torch\njson.dump(['one'], open('state.json', 'w'))\ntorch.save([1], 'last.pth')\n"
+    assert start(tmp_path, save)[0] == 0
+    killed = "import os, torch\nfile = open('state.json', 'w')\nfile.write('[')\nfile.flush()\nos._exit(9)"
+    assert start(tmp_path, killed)[0] == 9
+    assert json.loads((tmp_path / "state.json").read_text()) == ["one"]
+
+
+def test_a_resumed_program_that_deletes_a_checkpoint_deletes_its_earlier_versions(tmp_path: Path) -> None:
+    assert start(tmp_path, "import torch\nfor i in (1, 2): torch.save([i], 'last.pth')")[0] == 0
+    assert len(list((tmp_path / ".lastgood" / "history").iterdir())) == 1
+    assert start(tmp_path, "import os, torch\nos.remove('last.pth')")[0] == 0
+    assert not list((tmp_path / ".lastgood" / "history").iterdir()) and not journal.verify(tmp_path)
 
 
 @posix

@@ -73,8 +73,6 @@ class Saver:
         self.units = Units(settings, report)
         self.mine: dict[str, Known] = {}
         """The files that this process saved."""
-        self.directories: set[str] = set()
-        """Where it saved them."""
         self.pretended: dict[str, int] = {}
         """Paths that only look saved to this process, since rank 0 saves for all; and their sizes in bytes."""
         self._rounds: dict[str, tuple[int, float]] = {}
@@ -197,7 +195,6 @@ class Saver:
         except OSError as error:
             raise self._refused(source, target, error) from error
         self.mine[target] = Known(size, crc, inode, called, begins)
-        self.directories.add(os.path.dirname(target))
         self.pretended.pop(target, None)
         self.report.saved(size, time.time() - called)
         if self.settings.mirror:
