@@ -53,7 +53,12 @@ def windows_python(
     paths = [windows_name(TREE / "src"), windows_name(TREE / "tests"), windows_name(HERE)]
     done = subprocess.run(
         [str(ROOT / "wpython"), *arguments],
-        env={**os.environ, "WPYTHON_SECONDS": str(seconds), "WPYTHON_PATH": ";".join(paths)},
+        env={
+            **os.environ,
+            "WPYTHON_SECONDS": str(seconds),
+            "WPYTHON_PATH": ";".join(paths),
+            "LASTGOOD_OLDEST_TORCH": windows_name(ROOT / "oldest"),
+        },
         cwd=TREE,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -94,6 +99,7 @@ GROUPS = {
     ),
     "race": (["faults/windows/test_race.py"], 3),
     "jobs": (["faults/windows/test_jobs.py"], 3),
+    "oldest torch": (["faults/windows/test_oldest_torch.py"], 2),
 }
 """Test files, and how many tests in them have to pass on Windows at least."""
 
