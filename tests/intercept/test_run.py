@@ -365,6 +365,19 @@ def test_a_resumed_program_that_deletes_a_checkpoint_deletes_its_earlier_version
     assert not list((tmp_path / ".lastgood" / "history").iterdir()) and not journal.verify(tmp_path)
 
 
+def test_a_failed_save_that_is_made_good_by_the_next_is_no_failure_of_the_program(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import torch
+        try: torch.save([torch.zeros(9), lambda: 0], "last.pth")
+        except Exception: print("REFUSED")
+        torch.save([1], "last.pth")
+        """,
+    )
+    assert code == 0 and "REFUSED" in output and "1 failed" in output, output
+
+
 @posix
 def test_a_journal_that_the_disk_cuts_short_fails_the_save_and_keeps_the_old_file(tmp_path: Path) -> None:
     code, output = start(
