@@ -28,6 +28,8 @@ class Campaign:
     ranks: int = 1
     quick: int = 5
     """The quick form takes every so many points."""
+    full: int = 1
+    """The full form too, where all would take hours. Odd where there are two ranks: each is the victim in turn."""
     preload: str = "torch"
     """Modules that are imported once, for all points."""
     options: tuple[str, ...] = ()
@@ -41,16 +43,29 @@ def _both(title: str, **arguments: Any) -> dict[str, Campaign]:
     """A campaign that kills before each operation, and one that kills in the middle of each write."""
     name = arguments["program"].removesuffix(".py") + arguments.pop("suffix", "")
     torn = arguments.pop("torn", {})
+    torn = {"mode": "torn", **arguments, **torn}
+
+    def each(what: str, every: int) -> str:
+        return f"each {what}" if every == 1 else f"one in {every} {what}s"
+
     return {
-        f"{name}-before": Campaign(title=f"{title}, before each operation", **arguments),
-        f"{name}-torn": Campaign(title=f"{title}, in the middle of each write", mode="torn", **{**arguments, **torn}),
+        f"{name}-before": Campaign(title=f"{title}, before {each('operation', arguments.get('full', 1))}", **arguments),
+        f"{name}-torn": Campaign(title=f"{title}, in the middle of {each('write', torn.get('full', 1))}", **torn),
     }
 
 
 CAMPAIGNS: dict[str, Campaign] = {
     **_both("A script that overwrites its only file", program="naive.py", torn={"quick": 1}),
-    "naive-2-before": Campaign(title="The same, 2 ranks, before each operation", program="naive.py", ranks=2, quick=9),
-    **_both("A loop in which every rank renames, 2 ranks", program="every_rank_renames.py", ranks=2, torn={"quick": 1}),
+    "naive-2-before": Campaign(
+        title="The same, 2 ranks, before each operation", program="naive.py", ranks=2, quick=9, options=RACE
+    ),
+    **_both(
+        "A loop in which every rank renames, 2 ranks",
+        program="every_rank_renames.py",
+        ranks=2,
+        options=RACE,
+        torn={"quick": 1},
+    ),
     **_both("GPT-SoVITS, latest", program="sovits.py", quick=9, run=("--preset", "gpt-sovits"), torn={"across": True}),
     **_both(
         "GPT-SoVITS, names by step",
@@ -69,7 +84,8 @@ CAMPAIGNS: dict[str, Campaign] = {
         quick=121,
         ranks=2,
         preload=HUGGING_FACE,
-        torn={"quick": 61},
+        full=7,
+        torn={"quick": 61, "full": 5},
     ),
     **_both('Lightning, ckpt_path="last"', program="lightning_last.py", quick=11, preload=LIGHTNING),
 }
@@ -104,11 +120,12 @@ def crash(
 
 
 def crash_everywhere(campaign: Campaign, memory: Path, disk: Path, workers: int) -> list[dict[str, Any]]:
-    """All points, shared out among `workers` processes."""
+    """All points, or one in so many, shared out among `workers` processes."""
 
     def share(first: int) -> list[dict[str, Any]]:
         (memory / str(first)).mkdir(exist_ok=True)
-        return crash(campaign, memory / str(first), disk, stride=workers, first=first, timeout=4 * 3600)[0]
+        points = {"stride": workers * campaign.full, "first": first * campaign.full}
+        return crash(campaign, memory / str(first), disk, timeout=4 * 3600, **points)[0]
 
     with ThreadPoolExecutor(workers) as pool:
         return [result for results in pool.map(share, range(workers)) for result in results]

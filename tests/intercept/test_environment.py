@@ -9,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from test_run import posix, start
 
 from lastgood.cli.run import run as command
-from lastgood.intercept import launch
+from lastgood.intercept import launch, presets
 
 
 def test_children_of_every_kind_are_reached(tmp_path: Path) -> None:
@@ -91,10 +92,12 @@ def test_a_python_that_ignores_us_is_named_and_can_be_fixed(tmp_path: Path) -> N
     python = str(tmp_path / "v" / "bin" / "python")
     assert launch.blind_python([python, "script.py"]) is None
     assert "--install" in (launch.blind_python([python, "-I", "script.py"]) or "")
+    assert "ignores PYTHONPATH" in (launch.blind_python([python, "-E", "script.py"]) or "")
     assert "-S" in (launch.blind_python([python, "-I", "-S", "script.py"]) or "")
     result = CliRunner().invoke(command, ["--install", python])
     assert result.exit_code == 0, result.output
     assert launch.blind_python([python, "-I", "script.py"]) is None
+    assert launch.blind_python([python, "-E", "script.py"]) is None
     result = CliRunner().invoke(command, ["--uninstall", python])
     assert "was removed" in result.output
     assert launch.blind_python([python, "-I", "script.py"]) is not None
@@ -106,14 +109,17 @@ def test_a_command_that_does_not_exist() -> None:
     assert result.exit_code == 127
 
 
-def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path) -> None:
+@pytest.mark.parametrize("defects", [presets.DEFECTS, presets.DEFECTS[1:3], ()], ids=len)
+def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path, defects: Any) -> None:
     (tmp_path / "GPT_SoVITS").mkdir()
-    (tmp_path / "GPT_SoVITS" / "s2_train.py").write_text("try: pass\nexcept: pass")
-    (tmp_path / "GPT_SoVITS" / "utils.py").write_text("shutil.move(tmp_path, x)")
+    for name in {name for name, _, _ in presets.DEFECTS}:
+        (tmp_path / name).write_text("\n".join(text for at, text, _ in defects if at == name))
     script = str(tmp_path / "GPT_SoVITS" / "s2_train.py")
     result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, script])
     assert result.exit_code == 0, result.output
-    assert "2 known saving defects" in result.output and "Preset gpt-sovits" in result.output
+    assert f"{len(defects)} known saving defects" in result.output and "Preset gpt-sovits" in result.output
+    for name, _, says in presets.DEFECTS:
+        assert (f"{name}: {says}" in result.output) == any(found[2] == says for found in defects)
 
 
 def test_settings_that_cannot_be_read_are_no_crash(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from click.testing import CliRunner, Result
 from test_run import start
 
 from lastgood.cli import main
+from lastgood.intercept.runtime.journal import checksum
+from lastgood.intercept.runtime.journal import read as read_versions
 
 PROGRAM = """
     import json, os
@@ -25,10 +28,16 @@ PROGRAM = """
     torch.save({"w": torch.randn(1000)}, "logs/训练/G_1.pth")
     torch.save({"w": torch.randn(1000)}, "old.pth", _use_new_zipfile_serialization=False)
     numpy.savez("state.npz", a=numpy.random.rand(1000))
+    numpy.save("state.npy", numpy.random.rand(1000))
     with open("state.json", "w") as file:
         json.dump({"text": "x" * 1000}, file)
+    with open("open.pth", "wb") as file:
+        torch.save({"w": torch.randn(1000)}, file)
 """
-FILES = ["last.pth", "model.safetensors", "logs/训练/G_1.pth", "old.pth", "state.npz", "state.json"]
+FILES = [
+    *("last.pth", "open.pth", "old.pth", "logs/训练/G_1.pth", "model.safetensors"),
+    *("state.npy", "state.npz", "state.json"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,17 @@ def test_what_was_saved_is_found_good(saved: Path) -> None:
     found = {Path(entry["path"]).relative_to(saved).as_posix() for entry in json.loads(result.stdout)}
     assert {name for name in found if not name.startswith(".lastgood/history/last.pth.")} == set(FILES)
     assert len(found) == len(FILES) + 1
+
+
+def test_the_journal_tells_size_checksum_time_rank_and_program(tmp_path: Path) -> None:
+    before = time.time()
+    code, output = start(tmp_path, "import json, torch; torch.save([1], 'last.pth')", RANK="0", WORLD_SIZE="2")
+    assert code == 0, output
+    (version,) = read_versions(str(tmp_path / "last.pth"))
+    assert version.size == (tmp_path / "last.pth").stat().st_size
+    assert version.crc32 == checksum(str(tmp_path / "last.pth"), version.begins)[1]
+    assert before <= version.time <= time.time()
+    assert (version.rank, version.program) == (0, "script.py")
 
 
 @pytest.mark.parametrize("damage", ["a changed byte", "cut off", "emptied"])

@@ -78,7 +78,9 @@ def test_the_launcher_of_lightning(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
         """
-        import lightning, torch
+        import lightning, os, torch
+        # Before any process group: the second process has nothing but Lightning's variables.
+        torch.save(os.environ.get("LOCAL_RANK", "0"), "top.pth")
         class Model(lightning.LightningModule):
             def __init__(self):
                 super().__init__()
@@ -94,10 +96,40 @@ def test_the_launcher_of_lightning(tmp_path: Path) -> None:
         trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(4, 2)))
         trainer.save_checkpoint("last.ckpt")
         """,
+        "--save-on",
+        "rank0",
     )
     assert code == 0, output
+    assert torch.load(tmp_path / "top.pth") == "0" and "1 collisions avoided" in output
     names = {Path(finding.path).name for finding in journal.verify(tmp_path) if not finding.damage}
     assert {"rank_0.pth", "rank_1.pth", "last.ckpt"} <= names
+
+
+@posix
+def test_a_directory_that_lightning_did_not_finish_is_set_aside_without_being_asked(tmp_path: Path) -> None:
+    """As sharded strategies write it."""
+    pytest.importorskip("lightning")
+    code, output = start(
+        tmp_path,
+        """
+        import lightning, os, torch
+        from lightning.pytorch.demos.boring_classes import BoringModel
+        class Shards(lightning.pytorch.plugins.TorchCheckpointIO):
+            def save_checkpoint(self, checkpoint, path, storage_options=None):
+                os.makedirs(path)
+                for part in ("one", "two"):
+                    torch.save(checkpoint, os.path.join(path, f"{part}.pth"))
+                    if "second" in str(path): os.kill(os.getpid(), 9)
+        trainer = lightning.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, plugins=[Shards()]
+        )
+        trainer.strategy.connect(BoringModel())
+        for name in ("first", "second"): trainer.save_checkpoint(f"{name}.ckpt")
+        """,
+    )
+    assert code == 128 + 9, output
+    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir()))")
+    assert "['first.ckpt', 'script.py']" in output and "not completely written" in output
 
 
 SOVITS = """

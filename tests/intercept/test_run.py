@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -168,6 +169,87 @@ def test_a_late_rank_that_moved_the_newer_state_itself_puts_no_old_one_over_it(t
 
 
 @posix
+@pytest.mark.parametrize("across", [False, True], ids=["one file system", "two file systems"])
+def test_rank_0_does_not_move_what_a_late_rank_saved_in_place_of_its_own(
+    tmp_path: Path, memory: Path, across: bool
+) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, shutil, torch
+        target = os.environ["TARGET"]
+        (saved, tell_saved), (moved, tell_moved), (last, tell_last) = os.pipe(), os.pipe(), os.pipe()
+        late = os.fork()
+        os.environ.update(RANK="1" if late == 0 else "0", WORLD_SIZE="2")
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        def move():
+            shutil.move("tmp.pth", target)
+
+        if late == 0:
+            os.read(saved, 1)
+            save(1), move()     # What it moves is rank 0's third state.
+            save(2)
+            os.write(tell_moved, b"x")
+            os.read(last, 1)
+            move()
+            os._exit(0)
+        save(1), move(), save(2), move(), save(3)
+        os.write(tell_saved, b"x")
+        os.read(moved, 1)
+        move()                  # What lies there is the other's second state.
+        before = torch.load(target)
+        os.write(tell_last, b"x")
+        assert os.wait()[1] == 0
+        assert (before, torch.load(target)) == ([3], [3]), (before, torch.load(target))
+        save(4), move()
+        assert torch.load(target) == [4] and not os.path.exists("tmp.pth")
+        """,
+        TARGET=str((memory if across else tmp_path) / "last.pth"),
+    )
+    assert code == 0, output
+
+
+@posix
+def test_rank_0_killed_in_a_save_does_not_make_another_ranks_state_its_own(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        (begun, tell_begun), (saved, tell_saved), (killed, tell_killed) = os.pipe(), os.pipe(), os.pipe()
+        late = os.fork()
+        os.environ.update(RANK="1" if late == 0 else "0", WORLD_SIZE="2")
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        if late == 0:
+            os.read(begun, 1)
+            save(1)
+            os.write(tell_saved, b"x")
+            os.read(killed, 1)
+            os.replace("tmp.pth", "last.pth")
+            os._exit(0)
+        if os.fork() == 0:
+            import _lastgood_run.system as system
+            save(1), os.replace("tmp.pth", "last.pth")
+            save(2), os.replace("tmp.pth", "last.pth")
+            os.write(tell_begun, b"x")
+            os.read(saved, 1)
+            system.replace = lambda source, target: os._exit(0)     # Killed: the journal is written, and no more.
+            save(3)
+        os.wait()
+        os.write(tell_killed, b"x")
+        os.wait()
+        assert torch.load("last.pth") == [2], torch.load("last.pth")
+        """,
+    )
+    assert code == 0, output
+
+
+@posix
 def test_save_on_rank0_writes_once_and_the_others_see_it_as_done(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
@@ -225,6 +307,23 @@ def test_a_file_that_another_program_replaced_is_not_called_damaged(tmp_path: Pa
     assert "loaded 2" in output and code == 0
 
 
+def test_every_file_of_the_program_may_be_a_checkpoint(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import json, torch
+        with open("state.json", "w") as file: json.dump([1], file)
+        with open("notes", "w") as file: file.write("one")
+        torch.save([1], "last.pth")
+        """,
+        "--match",
+        "*",
+    )
+    assert code == 0, output
+    assert "3 files saved" in output
+    assert {Path(finding.path).name for finding in journal.verify(tmp_path)} == {"state.json", "notes", "last.pth"}
+
+
 def test_an_error_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
@@ -248,6 +347,35 @@ def test_an_error_in_the_middle_keeps_the_old_file(tmp_path: Path) -> None:
     assert code == launch.LAST_SAVE_FAILED, output
     assert "the last save FAILED" in output
     assert not [path for path in (tmp_path / ".lastgood").iterdir() if path.name.startswith("tmp-")]
+
+
+def test_a_side_file_is_safe_before_the_process_saves_its_first_checkpoint(tmp_path: Path) -> None:
+    """As after a resume, or in a rank that saves nothing else."""
+    save = "import json, os, torch\njson.dump(['one'], open('state.json', 'w'))\ntorch.save([1], 'last.pth')\n"
+    assert start(tmp_path, save)[0] == 0
+    killed = "import os, torch\nfile = open('state.json', 'w')\nfile.write('[')\nfile.flush()\nos._exit(9)"
+    assert start(tmp_path, killed)[0] == 9
+    assert json.loads((tmp_path / "state.json").read_text()) == ["one"]
+
+
+def test_a_resumed_program_that_deletes_a_checkpoint_deletes_its_earlier_versions(tmp_path: Path) -> None:
+    assert start(tmp_path, "import torch\nfor i in (1, 2): torch.save([i], 'last.pth')")[0] == 0
+    assert len(list((tmp_path / ".lastgood" / "history").iterdir())) == 1
+    assert start(tmp_path, "import os, torch\nos.remove('last.pth')")[0] == 0
+    assert not list((tmp_path / ".lastgood" / "history").iterdir()) and not journal.verify(tmp_path)
+
+
+def test_a_failed_save_that_is_made_good_by_the_next_is_no_failure_of_the_program(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import torch
+        try: torch.save([torch.zeros(9), lambda: 0], "last.pth")
+        except Exception: print("REFUSED")
+        torch.save([1], "last.pth")
+        """,
+    )
+    assert code == 0 and "REFUSED" in output and "1 failed" in output, output
 
 
 @posix

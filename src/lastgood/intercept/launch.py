@@ -109,7 +109,7 @@ def _collect(state: Path) -> tuple[dict[str, float], list[str]]:
     failed = []
     for path in state.glob("*.json"):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_bytes().split(b"\n")[0])
         except ValueError:
             continue  # The process was killed while it wrote its counts.
         for name in FIELDS:

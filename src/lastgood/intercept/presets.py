@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ DEFECTS = (
 
 def recognise(command: list[str]) -> str | None:
     """The preset of a command, by the script that it runs; frameworks are recognised later, when they are imported."""
-    if any(os.path.basename(part) in ("s1_train.py", "s2_train.py", "s2_train_v3_lora.py") for part in command):
+    if any(re.fullmatch(r"s[12]_train\w*\.py", os.path.basename(part)) for part in command):
         return "gpt-sovits"
     return None
 

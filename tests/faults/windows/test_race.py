@@ -15,16 +15,16 @@ pytestmark = [pytest.mark.skipif(os.name != "nt", reason="needs Windows"), pytes
 ROUNDS = os.environ.get("LASTGOOD_ROUNDS", "100")
 
 
-def race(directory: Path, how: str, *before: str, seconds: float = 0.1) -> dict[str, Any]:
+def race(directory: Path, how: str, *before: str, seconds: float = 0.1, rounds: int = int(ROUNDS)) -> dict[str, Any]:
     """With us one of the two may not write at all: the other should not wait for it for long."""
     script = str(Path(__file__).with_name("race.py"))
     done = subprocess.run(
-        [sys.executable, *before, script, how, ROUNDS, str(directory), str(seconds)],
+        [sys.executable, *before, script, how, str(rounds), str(directory), str(seconds)],
         capture_output=True,
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=30 * int(ROUNDS),
+        timeout=30 * rounds,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -54,7 +54,12 @@ def windows_python(
     paths = [windows_name(TREE / "src"), windows_name(TREE / "tests"), windows_name(HERE)]
     done = subprocess.run(
         [str(ROOT / "wpython"), *arguments],
-        env={**os.environ, "WPYTHON_SECONDS": str(seconds), "WPYTHON_PATH": ";".join(paths)},
+        env={
+            **os.environ,
+            "WPYTHON_SECONDS": str(seconds),
+            "WPYTHON_PATH": ";".join(paths),
+            "LASTGOOD_OLDEST_TORCH": windows_name(ROOT / "oldest"),
+        },
         cwd=TREE,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -109,6 +114,7 @@ GROUPS = {
     "race": (["faults/windows/test_race.py"], 3),
     "jobs": (["faults/windows/test_jobs.py"], 10),
     "crashes": (["faults/windows/test_byte_crashes.py"], 5),
+    "oldest torch": (["faults/windows/test_oldest_torch.py"], 2),
 }
 """Test files, and how many tests in them have to pass on Windows at least."""
 

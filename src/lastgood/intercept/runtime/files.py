@@ -67,7 +67,8 @@ def is_checkpoint(path: str) -> bool:
         return True
     if not name.endswith(SIDE_FILES):
         return False
-    return os.path.dirname(path) in _saver.directories or _saver.units.unit_of(path) is not None
+    # By what lies there and not by what this process saved: it may have resumed, or be a rank that saves no other file.
+    return system.exists(os.path.join(os.path.dirname(path), PRIVATE)) or _saver.units.unit_of(path) is not None
 
 
 def is_checkpoint_move(source: str, target: str) -> bool:

@@ -298,7 +298,7 @@ def _remove(path: Any, **kwargs: Any) -> None:
         if name is None or saver.pretended.pop(name, None) is None:
             raise
         return
-    if name is not None and (name in saver.mine or os.path.dirname(name) in saver.directories):
+    if name is not None and system.exists(os.path.join(os.path.dirname(name), PRIVATE)):
         # Whoever deletes a checkpoint wants its space: the earlier versions go with it.
         saver.mine.pop(name, None)
         for version in journal.read(name):

@@ -73,8 +73,6 @@ class Saver:
         self.units = Units(settings, report)
         self.mine: dict[str, Known] = {}
         """The files that this process saved."""
-        self.directories: set[str] = set()
-        """Where it saved them."""
         self.pretended: dict[str, int] = {}
         """Paths that only look saved to this process, since rank 0 saves for all; and their sizes in bytes."""
         self._rounds: dict[str, tuple[int, float]] = {}
@@ -149,11 +147,13 @@ class Saver:
         *,
         begins: int = 0,
         operation: Callable[[], Any] | None = None,
+        ahead: int | None = None,
     ) -> bool:
         """Give the complete file `source` the name `target`. Returns False where another rank's file is kept instead.
 
         Args:
             operation: the program's own rename; a replacement by default.
+            ahead: by how many rounds rank 0 is ahead, where the content is rank 0's; None: it is this rank's.
 
         Raises:
             OSError: the system refused to the end. The complete file stays under the name that the message gives.
@@ -162,11 +162,9 @@ class Saver:
             size, crc = journal.checksum(source)
         round_, before = self._next_round(target, called)
         rank = ranks.rank()
-        rank_zeros = self._saved_by_rank_zero(source)
-        if rank_zeros is not None:
-            # Both saved one temporary name, and rank 0's content is what lies there. It may be some rounds ahead of us.
+        if ahead is not None:
             rank = 0
-            round_ += max(0, rank_zeros.round - self._rounds[source][0])
+            round_ += ahead
         try:
             with system.locked(target):
                 inode = os.stat(source).st_ino
@@ -197,7 +195,6 @@ class Saver:
         except OSError as error:
             raise self._refused(source, target, error) from error
         self.mine[target] = Known(size, crc, inode, called, begins)
-        self.directories.add(os.path.dirname(target))
         self.pretended.pop(target, None)
         self.report.saved(size, time.time() - called)
         if self.settings.mirror:
@@ -227,9 +224,20 @@ class Saver:
                 return version
         return None
 
-    def _saved_by_rank_zero(self, source: str) -> journal.Version | None:
-        newest = journal.read(source)[-1:] if source in self.mine else []
-        return newest[0] if newest and newest[0].rank == 0 and newest[0].run == self.settings.run else None
+    def _was_moved_for_rank_zero(self, target: str) -> bool:
+        """Whether this is rank 0, and another rank has put in place what rank 0 is about to move there."""
+        if ranks.rank() != 0:
+            return False
+        done = self._rounds.get(target, (0, 0.0))[0]
+        with system.locked(target):
+            return any(v.run == self.settings.run and v.rank == 0 and v.round > done for v in journal.read(target))
+
+    def _what_lies(self, source: str) -> journal.Version | None:
+        """The entry of the file that now has the name of one that we saved: another rank may have saved over it."""
+        inode = os.stat(source).st_ino
+        # The newest entry alone shows nothing: its writer may have been killed before its file was in place.
+        entries = [v for v in journal.read(source) if v.inode == inode and v.run == self.settings.run]
+        return entries[-1] if entries else None
 
     def _count_retry(self) -> None:
         self.report.add(retries=1)
@@ -306,27 +314,39 @@ class Saver:
                 system.remove(source)
                 return False
             known = self.mine.get(source)
-            if known is not None and known.inode != os.stat(source).st_ino:
-                known = None
+            ahead = None
+            if known is not None:
+                there = self._what_lies(source)
+                if there is not None and there.rank == 0:
+                    ahead = max(0, there.round - self._rounds[source][0])
+                # The checksum, since the number of a file that was deleted is given to a new one.
+                if there is None or (there.inode, there.crc32) != (known.inode, known.crc32):
+                    known = None
+                    if self._was_moved_for_rank_zero(target):
+                        # What lies there is from a rank that is late, which will find that it is: it is not for us.
+                        del self.mine[source]
+                        self._next_round(target, called)
+                        self.report.add(collisions=1)
+                        return False
             if across and not _same_file_system(source, target):
-                moved = self._move_across(source, target, known, called)
+                moved = self._move_across(source, target, known, called, ahead)
             else:
                 if known is None:
                     system.sync_path(source)
                 size, crc, begins = (known.size, known.crc32, known.begins) if known else (0, None, 0)
-                moved = self.put(source, target, size, crc, called, begins=begins, operation=rename)
+                moved = self.put(source, target, size, crc, called, begins=begins, operation=rename, ahead=ahead)
             if self.mine.pop(source, None):
                 journal.forget(source)
             return moved
 
-    def _move_across(self, source: str, target: str, known: Known | None, called: float) -> bool:
+    def _move_across(self, source: str, target: str, known: Known | None, called: float, ahead: int | None) -> bool:
         with self.copied(source, target) as (temporary, raw):
             saved = [journal.Version(known.size, known.crc32, known.time, begins=known.begins)] if known else []
             if journal.check(temporary, saved):
                 raise OSError(
                     errno.EIO, f"the copy of {source} for {target} differs from what was saved; both are kept"
                 )
-        moved = self.put(temporary, target, raw.size, raw.crc, called)
+        moved = self.put(temporary, target, raw.size, raw.crc, called, ahead=ahead)
         system.patiently(lambda: system.remove(source), self.settings.patience, self._count_retry)
         return moved
 

