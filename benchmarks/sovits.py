@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sovits``: speed, memory, start and scaling of both stages; writes docs/benchmarks-sovits.md.
+"""``python -m benchmarks.sovits``: speed, memory, start, scaling of both stages; writes docs/benchmarks-sovits.md.
 
 Takes about twenty minutes on two free cores. `--only` measures a part and writes nothing.
 """
@@ -110,8 +110,8 @@ def page(rows: list[Row], load: float) -> str:
     return (
         "# Training GPT-SoVITS, measured\n\n"
         f"Machine: {machine}.\n\n"
-        "Made by `python -m benchmarks.sovits`: v2 at its default size, float32. Stage 1 has batches of 8 clips of 1 to "
-        "10 seconds, stage 2 of 4 clips of 4 to 6 seconds. The port is a straightforward one of upstream's step and "
+        "Made by `python -m benchmarks.sovits`: v2 at its default size, float32. Stage 1 has batches of 8 clips of 1 "
+        "to 10 seconds, stage 2 of 4 clips of 4 to 6 seconds. The port is a straightforward one of upstream's step and "
         "start (`benchmarks/sovits_s1.py`, `benchmarks/sovits_port.py`, `benchmarks/sovits_start.py`), in the same run "
         "on the same data, by turns. Ratios are over all turns; "
         "where other programs used the machine at the same time, they say more than seconds.\n\n"
