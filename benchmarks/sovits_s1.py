@@ -1,11 +1,11 @@
-"""Steps per second of stage 1 at its default size, against a straightforward port, in one run.
+"""Steps per second and memory of stage 1 at its default size, against a straightforward port, in one run.
 
 The port is what one writes first: a padded batch through torch.nn.TransformerEncoder with one float mask per clip and
 head, logits from the last phone on, summed cross-entropy, and the accuracy by topk. Both run the same clips in the same
 order, with the same dropout, the same optimizer class and the same window of 4 micro-batches, taking turns.
 
-    python benchmarks/sovits_s1.py                      # CPU, float32, default size
-    python benchmarks/sovits_s1.py --device cuda --precision 16-mixed --steps 60
+    python -m benchmarks.sovits_s1                      # CPU, float32, default size
+    python -m benchmarks.sovits_s1 --device cuda --precision 16-mixed --steps 60
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +104,59 @@ def port_step(model: Port, device: torch.device, precision: str) -> Callable[[Ba
     return step
 
 
+def make_step(name: str, config: ModelConfig, device: torch.device, precision: str) -> Callable[[Batch], object]:
+    """`name` is ours or port. Each does one micro-batch when called."""
+    torch.manual_seed(0)
+    if name == "port":
+        return port_step(Port(config).to(device).train(), device, precision)
+    model = Text2Semantic(config).to(device).train()
+    optimizer = make_optimizer(model)
+    return TrainStep(model, optimizer, LockedRate(optimizer), precision=precision)  # type: ignore[arg-type]
+
+
+def make_batches(count: int, batch_size: int, clips: int) -> list[Batch]:
+    made = make_clips(clips, seed=1)
+    sampler = BucketBatchSampler([clip.seconds for clip in made], batch_size=batch_size)
+    return [
+        collate([(made[i], torch.zeros(1024, len(made[i].phones))) for i in indices])
+        for indices in list(sampler)[:count]
+    ]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per micro-batch, one for each window of 4 after the first."""
+
+    ours: list[float]
+    port: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Steps per second, ours over the port's, over all windows."""
+        return sum(self.port) / sum(self.ours)
+
+
+def measure_speed(config: ModelConfig, batches: list[Batch], device: torch.device, precision: str) -> Speed:
+    steps = {name: make_step(name, config, device, precision) for name in ("ours", "port")}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for start in range(0, len(batches) - 3, 4):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            for batch in batches[start : start + 4]:
+                step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if start:  # the first window warms up
+                times[name].append((time.perf_counter() - begin) / 4)
+    return Speed(times["ours"], times["port"])
+
+
+def peak_memory(name: str, batch_size: int) -> int:
+    """Bytes that a process of its own has used at most, in one window of `name`."""
+    command = [sys.executable, "-m", "benchmarks.sovits_s1", "--peak-of", name, "--batch-size", str(batch_size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -109,40 +165,31 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak-of", choices=("ours", "port"), help="print the bytes that one needs, and nothing else")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    torch.manual_seed(0)
     config = ModelConfig(n_layer=options.layers)
-    clips = make_clips(options.clips, seed=1)
-    sampler = BucketBatchSampler([clip.seconds for clip in clips], batch_size=options.batch_size)
-    batches = [
-        collate([(clips[i], torch.zeros(1024, len(clips[i].phones))) for i in indices])
-        for indices in list(sampler)[: options.steps + 4]
-    ]
-    ours_model, port_model = Text2Semantic(config).to(device).train(), Port(config).to(device).train()
-    optimizer = make_optimizer(ours_model)
-    ours = TrainStep(ours_model, optimizer, LockedRate(optimizer), precision=options.precision)
-    port = port_step(port_model, device, options.precision)
-    times: dict[str, list[float]] = {"ours": [], "port": []}
-    for start in range(0, len(batches) - 3, 4):
-        for name, step in (("ours", ours), ("port", port)):
-            begin = time.perf_counter()
-            for batch in batches[start : start + 4]:
-                step(batch)  # type: ignore[operator]
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if start:  # the first window warms up
-                times[name].append((time.perf_counter() - begin) / 4)
+    if options.peak_of:
+        step = make_step(options.peak_of, config, device, options.precision)
+        for batch in make_batches(4, options.batch_size, options.clips):
+            step(batch)
+        import resource  # not on Windows
+
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    batches = make_batches(options.steps + 4, options.batch_size, options.clips)
+    speed = measure_speed(config, batches, device, options.precision)
     real = sum(sum(b.phone_lengths) + sum(b.codes.lengths) for b in batches)
     padded = sum(b.phones.numel() + b.codes.ids.numel() for b in batches)
     print(f"{device}, {options.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{sum(p.numel() for p in ours_model.parameters()):,} parameters, batch {options.batch_size}; ", end="")
-    print(f"{real / padded:.0%} of the padded positions are real")
-    for name, seconds in times.items():
+    print(f"batch {options.batch_size}; {real / padded:.0%} of the padded positions are real")
+    for name, seconds in (("ours", speed.ours), ("port", speed.port)):
         print(
             f"{name}: median {statistics.median(seconds):.3f} s, total {sum(seconds):.2f} s per {len(seconds)} windows"
         )
-    print(f"steps/s, ours over port: {sum(times['port']) / sum(times['ours']):.2f}")
+    print(f"steps/s, ours over port: {speed.ratio:.2f}")
 
 
 if __name__ == "__main__":

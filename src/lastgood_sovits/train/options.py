@@ -29,7 +29,7 @@ class Options:
     save_minutes: float = 10.0
     """Save after each so many minutes. At the end of an epoch whose weights are written, it is always saved."""
     mirror: Path | None = None
-    """A second directory that receives copies of the checkpoints."""
+    """A second directory that receives copies of the checkpoints, in a folder for each voice and stage."""
     import_from: Path | None = None
     """A folder of upstream's, or a file in it, whose training goes on here."""
     log_every: int | None = None

@@ -142,11 +142,17 @@ class Trainer(ABC):
             keep=lastgood.Keep(last=3, every=every),
             every=self.options.save_every,
             minutes=self.options.save_minutes,
-            mirror=self.options.mirror,
+            mirror=self.mirror,
             **self.more(),
             **more,
             **self.objects(),
         )
+
+    @property
+    def mirror(self) -> Path | None:
+        """Where this run's copies go: one directory may take those of several voices and of both stages."""
+        logs = self.logs.resolve()
+        return None if self.options.mirror is None else self.options.mirror / logs.parent.name / logs.name
 
     def more(self) -> dict[str, Any]:
         """Arguments for the Checkpointer that a stage adds."""

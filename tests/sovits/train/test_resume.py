@@ -91,6 +91,20 @@ def test_a_lost_run_comes_back_from_its_mirror(experiment: Experiment, tmp_path:
     assert "restored step 6" in job.output and whole and experiment.steps("s1")[-1] == 12
 
 
+def test_one_mirror_takes_both_stages_of_several_voices(tmp_path: Path) -> None:
+    first, second = make_experiment(tmp_path / "first", epochs=1), make_experiment(tmp_path / "second", epochs=1)
+    (second.folder).rename(second.root / "other")
+    for key, name in (("train_semantic_path", "6-name2semantic.tsv"), ("train_phoneme_path", "2-name2text.txt")):
+        second.s1[key] = str(second.root / "other" / name)
+    second.s1["output_dir"] = str(second.root / "other" / "logs_s1_v2")
+    for experiment, stage in ((first, "s1"), (first, "s2"), (second, "s1")):
+        experiment.s1["train"]["batch_size"] = experiment.s2["train"]["batch_size"] = 24
+        # A run that found another's copies would go on from them, or fail.
+        assert "restored step" not in train_whole(experiment, stage, mirror=tmp_path / "mirror").output
+    runs = {path.parent.parent.relative_to(tmp_path / "mirror") for path in tmp_path.glob("mirror/**/manifest.json")}
+    assert sorted(map(str, runs)) == ["other/logs_s1_v2", "voice/logs_s1_v2", "voice/logs_s2_v2"]
+
+
 @pytest.mark.parametrize("stage", ["s1", pytest.param("s2", marks=_slow)])
 def test_bfloat16_resumes_exactly_too(tmp_path: Path, stage: str) -> None:
     whole, cut = (make_experiment(tmp_path / name, epochs=1) for name in ("whole", "cut"))

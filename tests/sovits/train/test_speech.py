@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from click.testing import CliRunner
 from experiments import sovits
 
 from lastgood_sovits.cli import main
-from lastgood_sovits.demo import speech
+from lastgood_sovits.demo import speech, story
 from lastgood_sovits.demo.experiment import STAND_IN, build, s2_config
 from lastgood_sovits.s2.config import read_config
 from lastgood_sovits.s2.dataset import ClipDataset
@@ -46,6 +48,30 @@ def test_every_command_has_a_help_text() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demo_sees_what_it_promises() -> None:
-    code, output = sovits("demo", timeout=880)
+def test_the_demo_sees_what_it_promises(tmp_path: Path) -> None:
+    code, output = sovits("demo", "--mirror", tmp_path, timeout=880)
     assert code == 0 and "NO" not in output and "bit by bit" in output.replace("\n", " "), output
+    assert "copies elsewhere" in output and output.splitlines()[-1].startswith("Weights: ")
+    kept = [path.relative_to(tmp_path).parts for path in tmp_path.glob("*/run/*/step-*/manifest.json")]
+    assert {parts[2] for parts in kept} == {"logs_s1_v2", "logs_s2_v2"}
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_demo_ends_with_the_weights_and_fails_where_something_was_not_so(
+    good: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Path | None] = {}
+
+    def tell(root: Path, nproc: int, say: Callable[[str], None], mirror: Path | None) -> story.Told:
+        seen.update(root=root, mirror=mirror)
+        weights = root / "voice.pth"
+        weights.write_bytes(b"x")
+        return story.Told([story.Finding("writes weights", "a file is missing", good)], [weights])
+
+    monkeypatch.setattr(story, "tell", tell)
+    done = CliRunner().invoke(main, ["demo", "--keep-files", "--mirror", str(tmp_path)])
+    root = seen["root"]
+    assert root is not None and seen["mirror"] == tmp_path / root.name
+    assert done.exit_code == (0 if good else 1), done.output
+    assert done.output.splitlines()[-1] == f"Weights: {root / 'voice.pth'}" and (root / "voice.pth").is_file()
+    shutil.rmtree(root)
