@@ -38,12 +38,15 @@ GROWTH_BYTES = 3 << 20
 
 
 def usage() -> dict[str, int]:
-    """What this process holds."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB", rollup, re.MULTILINE)}
+    """What this process holds.
+
+    Of its memory that which it wrote to. Pages of libraries come and go with the needs of other programs, and how much
+    of a page is ours (PSS) depends on what the processes do that were forked with us.
+    """
+    status = Path("/proc/self/status").read_text()
+    kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", status, re.MULTILINE)}
     return {
-        "rss": kilobytes["Rss"] << 10,
-        "pss": kilobytes["Pss"] << 10,
+        "memory": kilobytes["RssAnon"] + kilobytes["VmSwap"] << 10,
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
     }
@@ -194,7 +197,7 @@ class Soak:
     def _measure(self, where: str, samples: list[dict[str, int]]) -> None:
         if len(samples) < 2:
             return
-        for name, allowed in (("rss", GROWTH_BYTES), ("pss", GROWTH_BYTES), ("descriptors", 0), ("threads", 0)):
+        for name, allowed in (("memory", GROWTH_BYTES), ("descriptors", 0), ("threads", 0)):
             # The least of the last few: a save that is under way at the moment holds a thread and a file more.
             grown = min(note[name] for note in samples[-3:]) - max(note[name] for note in samples[:3])
             self.peaks[name] = max(grown, self.peaks.get(name, 0))
@@ -243,6 +246,6 @@ def run(*, saves: int, seconds: float = 0.0, between: int = 60) -> Result:
         result.tried["checkpoints read whole meanwhile"] = soak.watcher.read
         result.failed += soak.problems + soak.watcher.problems
         for name, grown in soak.peaks.items():
-            unit = f"{grown / 1024:.0f} KiB" if name in ("rss", "pss") else str(grown)
+            unit = f"{grown / 1024:.0f} KiB" if name == "memory" else str(grown)
             result.notes.append(f"largest growth of one process after its first {WARM} saves, {name}: {unit}")
     return result

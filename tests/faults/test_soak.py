@@ -23,7 +23,7 @@ def test_hundreds_of_saves_with_random_kills() -> None:
 LEAKS = {
     "descriptors": "kept.append(open('/dev/null'))",
     "threads": "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
-    "rss": "kept.append(bytearray(range(256)) * 1000)",
+    "memory": "kept.append(bytearray(range(256)) * 1000)",
 }
 
 
