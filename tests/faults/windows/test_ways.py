@@ -205,10 +205,17 @@ def test_a_user_with_a_chinese_name_and_temporary_directory(tmp_path: Path) -> N
 
 
 @windows
-@pytest.mark.parametrize("name", ["NUL", "aux.pth", "COM1.pth"])
+@pytest.mark.parametrize("name", ["NUL", "con.pth", "aux.pth", "COM1.pth"])
 def test_a_reserved_name_is_no_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(LastGoodError):
         lastgood.save({"w": torch.ones(1)}, tmp_path / name)
+
+
+@windows
+@pytest.mark.parametrize("name", ["nul", "con"])
+def test_a_reserved_name_is_no_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(LastGoodError):
+        lastgood.Checkpointer(tmp_path / name, x=1)
 
 
 def test_every_process_of_a_machine_gives_it_the_same_name() -> None:
