@@ -72,7 +72,7 @@ def _observed(
     watch(operation, "after")
 
 
-def _native(path: Path) -> str:
+def native(path: Path) -> str:
     """The path as the system call wants it: on Windows, long absolute paths need the ``\\\\?\\`` form."""
     text = str(path)
     if not WINDOWS or len(text) < 240 or text.startswith("\\\\?\\"):
@@ -120,15 +120,15 @@ class _Raw:
         flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
         self._direct = bool(direct and _O_DIRECT)
         try:
-            self._descriptor = os.open(_native(path), flags | (_O_DIRECT if self._direct else 0), 0o666)
+            self._descriptor = os.open(native(path), flags | (_O_DIRECT if self._direct else 0), 0o666)
         except OSError as error:
             if not self._direct or error.errno != errno.EINVAL:
                 raise
             # Some file systems (tmpfs, some network ones) refuse the flag, after having made the file.
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(_native(path))
+                os.unlink(native(path))
             self._direct = False
-            self._descriptor = os.open(_native(path), flags, 0o666)
+            self._descriptor = os.open(native(path), flags, 0o666)
         self._at = 0
         self.closed = False
 
@@ -234,7 +234,7 @@ def sync_file(path: Path) -> None:
     """Make the content of a file durable that another library has written and closed."""
     with _observed("sync", path):
         # Windows syncs only what is open for writing.
-        descriptor = os.open(_native(path), os.O_RDWR if WINDOWS else os.O_RDONLY)
+        descriptor = os.open(native(path), os.O_RDWR if WINDOWS else os.O_RDONLY)
         try:
             _sync_descriptor(descriptor)
         finally:
@@ -267,14 +267,14 @@ def replace(source: Path, target: Path, *, patience: float | None = None) -> Non
 
     def once() -> None:
         with _observed("replace", target, source=source):
-            os.replace(_native(source), _native(target))
+            os.replace(native(source), native(target))
 
     _patiently(once, patience, lambda error: is_held(error) and _may_pass(target))
 
 
 def _may_pass(path: Path) -> bool:
     """Raise with the reason where Windows will refuse this name for as long as it is as it is."""
-    reason = disk_windows.refusal(_native(path))
+    reason = disk_windows.refusal(native(path))
     if reason is not None:
         raise PermissionError(errno.EACCES, reason, str(path))
     return True
@@ -283,7 +283,7 @@ def _may_pass(path: Path) -> bool:
 def link(source: Path, target: Path) -> None:
     """Give the file `source` the second name `target`. Raises OSError where the file system has no hard links."""
     with _observed("link", target, source=source):
-        os.link(_native(source), _native(target))
+        os.link(native(source), native(target))
 
 
 def remove(path: Path, *, missing_ok: bool = False, patience: float | None = None) -> None:
@@ -291,7 +291,7 @@ def remove(path: Path, *, missing_ok: bool = False, patience: float | None = Non
 
     def once() -> None:
         with _observed("remove", path):
-            os.unlink(_native(path))
+            os.unlink(native(path))
 
     try:
         _patiently(once, patience, lambda error: is_held(error) and _may_pass(path))
@@ -303,7 +303,7 @@ def remove(path: Path, *, missing_ok: bool = False, patience: float | None = Non
 def make_dir(path: Path) -> None:
     """Make a directory that did not exist. Raises FileExistsError when the name is taken."""
     with _observed("mkdir", path):
-        os.mkdir(_native(path))
+        os.mkdir(native(path))
 
 
 def make_dirs(path: Path) -> None:
@@ -357,7 +357,7 @@ def remove_dir(path: Path, *, patience: float | None = None) -> None:
 
     def once() -> None:
         with _observed("rmdir", path):
-            os.rmdir(_native(path))
+            os.rmdir(native(path))
 
     def passes(error: OSError) -> bool:
         return is_held(error) or getattr(error, "winerror", None) == disk_windows.DIR_NOT_EMPTY
@@ -407,7 +407,7 @@ def open_read(path: Path, *, patience: float | None = None) -> BinaryIO:
 def _open(path: Path, way: Literal["read", "append", "write"]) -> BinaryIO:
     mode = {"read": "rb", "append": "ab", "write": "wb"}[way]
     if WINDOWS:
-        return open(disk_windows.open_shared(_native(path), way), mode, buffering=0)  # type: ignore[return-value]
+        return open(disk_windows.open_shared(native(path), way), mode, buffering=0)  # type: ignore[return-value]
     return open(path, mode, buffering=0, opener=_open_regular)  # type: ignore[return-value]
 
 
@@ -453,7 +453,7 @@ def drop_cache(file: BinaryIO) -> None:
 
 def file_size(path: Path) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
-    return os.stat(_native(path)).st_size
+    return os.stat(native(path)).st_size
 
 
 def machine_guid() -> str:
@@ -463,16 +463,20 @@ def machine_guid() -> str:
 
 def identity(path: Path) -> tuple[int, int]:
     """What two names of one file have in common, and no other file has. Raises FileNotFoundError."""
-    status = os.stat(_native(path))
+    status = os.stat(native(path))
     return status.st_dev, status.st_ino
 
 
 def exists(path: Path) -> bool:
-    return os.path.lexists(_native(path))
+    return os.path.lexists(native(path))
 
 
 def is_dir(path: Path) -> bool:
-    return os.path.isdir(_native(path))
+    return os.path.isdir(native(path))
+
+
+def is_file(path: Path) -> bool:
+    return os.path.isfile(native(path))
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
@@ -486,14 +490,14 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 def names(path: Path) -> list[str]:
     """The names in a directory, sorted; empty where there is none."""
     try:
-        return sorted(os.listdir(_native(path)))
+        return sorted(os.listdir(native(path)))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def free_bytes(path: Path) -> int:
     """Bytes that this user can still write to the file system of `path`."""
-    return shutil.disk_usage(_native(path)).free
+    return shutil.disk_usage(native(path)).free
 
 
 def free_files(path: Path) -> int | None:

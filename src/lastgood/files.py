@@ -149,7 +149,7 @@ def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", allow: Iter
         RefusedError: reading it would run code from it.
     """
     source = Path(path)
-    if not source.is_file():
+    if not disk.is_file(source):
         raise FileNotFoundError(errno.ENOENT, "there is no such file", str(source))
     if source.suffix == ".safetensors":
         return _load_safetensors(source, map_location)

@@ -23,6 +23,8 @@ from tests.faults.test_crash import campaign
 
 fork = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign")
 
+pwrite = pytest.mark.skipif(os.name == "nt", reason="needs POSIX: pwrite")
+
 
 def open_run(run: Path, job: Job) -> Checkpointer:
     return Checkpointer(run, keep=Keep(last=10), rank=0, world_size=1, **job.options, **job.objects)
@@ -214,7 +216,7 @@ def places(size: int, count: int) -> Iterator[tuple[int, int]]:
         yield draw.randrange(size), 1 << draw.randrange(8)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX: pwrite")
+@pwrite
 def test_a_flipped_bit_in_a_shard_is_always_noticed_and_never_loaded(run: Path) -> None:
     found = entry(run, 4)
     manifest = catalog.read_manifest(found)
@@ -242,6 +244,7 @@ def test_flipped_bits_and_lost_sectors() -> None:
     assert "0 failed" in campaign("damage", "--count", "300")
 
 
+@pwrite
 def test_damage_that_is_not_noticed_fails_the_campaign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(catalog, "check_full", lambda entry: None)
     damage.train(tmp_path / "run", 2)

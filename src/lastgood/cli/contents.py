@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lastgood import catalog, values
+from lastgood import catalog, disk, values
 from lastgood.catalog import Entry
 from lastgood.cli import places
 from lastgood.cli.i18n import _
@@ -127,7 +127,7 @@ def contents(path: Path, part: str | None, *, against_file: bool = False) -> Con
         part: only this object of a checkpoint, or what this key of a file holds, with names that begin inside of it.
         against_file: of a checkpoint without `part`, take the model, since a file mostly holds nothing else.
     """
-    if path.is_file() and path.name != NAME:
+    if disk.is_file(path) and path.name != NAME:
         return FileContents(path, part)
     entry = places.find_checkpoint(path)
     if part is None and against_file:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lastgood import disk
 from lastgood.cli import places
 from lastgood.cli.contents import Contents, Tensor, batches, contents
 from lastgood.cli.i18n import _
@@ -61,7 +62,7 @@ def diff(a: Path, b: Path, part: str | None, as_json: bool) -> None:
     differs, 2 where they could not be compared.
     """
     try:
-        one_is_file = a.is_file() != b.is_file()
+        one_is_file = disk.is_file(a) != disk.is_file(b)
         left, right = (contents(path, part, against_file=one_is_file) for path in (a, b))
         differences = compare(left, right)
     except (LastGoodError, OSError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lastgood import catalog
+from lastgood import catalog, disk
 from lastgood.cli.i18n import _
 from lastgood.cli.output import note, progress
 from lastgood.errors import LastGoodError
@@ -67,7 +67,7 @@ def import_(paths: tuple[Path, ...], files: tuple[Assignment, ...], keys: tuple[
     if keys and not sources:
         raise click.UsageError(_("--map takes parts of a FILE: lastgood import --map NAME=KEY FILE RUN"))
     run = run.absolute()
-    if run.is_file():
+    if disk.is_file(run):
         raise LastGoodError(_("{path} is a file: the last argument is the run, a directory", path=run))
     if catalog.newest(run) is not None:
         raise LastGoodError(_("{path} already has checkpoints: import into a new run", path=run))
@@ -92,7 +92,7 @@ def import_(paths: tuple[Path, ...], files: tuple[Assignment, ...], keys: tuple[
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not disk.is_file(path):
         raise click.UsageError(_("there is no file {path}", path=path))
     return path
 

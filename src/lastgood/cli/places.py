@@ -18,14 +18,21 @@ JOURNAL = ".lastgood"
 """The directory that ``lastgood run`` keeps beside the files that it watches."""
 
 
+class _AnyLength(click.Path):
+    """A path, which click asks the system about: on Windows in the form that knows no limit of 260 characters."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(disk.native(Path(value)), param, ctx)
+
+
 def directory(**options: Any) -> click.Path:
     """The type of an argument that names a directory."""
-    return click.Path(file_okay=False, path_type=Path, **options)
+    return _AnyLength(file_okay=False, path_type=Path, **options)
 
 
 def anything() -> click.Path:
     """The type of an argument that names a file or a directory that exists."""
-    return click.Path(exists=True, path_type=Path)
+    return _AnyLength(exists=True, path_type=Path)
 
 
 def is_run(path: Path) -> bool:

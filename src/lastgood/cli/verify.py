@@ -83,7 +83,7 @@ def _print(result: Result) -> None:
 def _kind(path: Path) -> str | None:
     if path.name == NAME:
         return "checkpoint"
-    if path.is_file():
+    if disk.is_file(path):
         return "file"
     if catalog.entry_of(path.absolute().parent, path.absolute().name) or disk.exists(path / NAME):
         return "checkpoint"
@@ -101,7 +101,7 @@ def _results(path: Path, full: bool) -> Iterator[Result]:
     elif kind == "run":
         for entry in catalog.entries(path):
             yield _check(entry, full)
-    if path.is_dir() and disk.exists(path / places.JOURNAL):
+    if disk.is_dir(path) and disk.exists(path / places.JOURNAL):
         yield from _check_journal(path)
 
 

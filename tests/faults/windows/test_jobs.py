@@ -61,9 +61,8 @@ def ended(processes: list[subprocess.Popen[str]], victim: int = 0) -> list[tuple
 
 
 DEATHS = [
-    *((1, False, 0, where) for where in ("in a shard", "in the manifest", "before the commit", "in the clean-up")),
-    *((2, False, 0, where) for where in ("in a shard", "before the commit")),
-    (2, False, 1, "in a shard"),
+    *((1, False, 0, where) for where in ("in the manifest", "before the commit", "in the clean-up")),
+    *((2, False, rank, "in a shard") for rank in (0, 1)),
     (2, True, 0, "in a shard"),
 ]
 

@@ -101,8 +101,8 @@ CORE = sorted(
     if path.name not in left_out.LEFT_OUT and path.name != "test_files.py" and (FULL or path.name not in LONG)
 )
 GROUPS = {
-    "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 115),
-    "ways": (["faults/windows/test_ways.py"], 36),
+    "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 110),
+    "ways": (["faults/windows/test_ways.py"], 39),
     "single files": (["test_files.py"], 10),
     "damage": (["faults/test_damage.py"], 10),
     "core": (CORE, 580 if FULL else 480),
@@ -112,7 +112,7 @@ GROUPS = {
         40 if FULL else 23,
     ),
     "race": (["faults/windows/test_race.py"], 3),
-    "jobs": (["faults/windows/test_jobs.py"], 10),
+    "jobs": (["faults/windows/test_jobs.py"], 8),
     "crashes": (["faults/windows/test_byte_crashes.py"], 5),
     "oldest torch": (["faults/windows/test_oldest_torch.py"], 2),
 }
