@@ -213,6 +213,43 @@ def test_rank_0_does_not_move_what_a_late_rank_saved_in_place_of_its_own(
 
 
 @posix
+def test_ranks_that_are_started_anew_are_not_taken_for_those_before(tmp_path: Path) -> None:
+    """As torchrun does it with --max-restarts: the rounds of a process begin again, and the run is the same."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, subprocess, sys, torch
+        if len(sys.argv) == 1:
+            for life in ("first", "second"):
+                subprocess.run([sys.executable, __file__, life], check=True)
+            sys.exit()
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        def move():
+            os.replace("tmp.pth", "last.pth")
+
+        os.environ.update(RANK="0", WORLD_SIZE="2")
+        if sys.argv[1] == "first":
+            save(1), move(), save(2), move(), save(3), move()
+            sys.exit()
+        save(4)
+        other = os.fork()
+        if other == 0:
+            os.environ["RANK"] = "1"
+            save(4), save(5), save(6)
+            os._exit(0)
+        assert os.waitpid(other, 0)[1] == 0
+        move()                  # What lies there is newer.
+        assert not os.path.exists("tmp.pth")
+        assert torch.load("last.pth")[0] > 3, torch.load("last.pth")
+        """,
+    )
+    assert code == 0, output
+
+
+@posix
 def test_rank_0_killed_in_a_save_does_not_make_another_ranks_state_its_own(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
