@@ -337,6 +337,29 @@ def test_history_fallback_and_verify(tmp_path: Path) -> None:
     assert "loaded 3" in output and "instead" in output
 
 
+def test_a_damaged_safetensors_file_is_refused_and_its_earlier_version_loaded_instead(tmp_path: Path) -> None:
+    save = "import torch\nfrom safetensors.torch import save_file\n"
+    save += "for i in (1, 2): save_file({'w': torch.full((99,), float(i))}, 'model.safetensors')"
+    assert start(tmp_path, save)[0] == 0
+    path = tmp_path / "model.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # A disk that fails leaves no date.
+    load = """
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+        def opened():
+            with safe_open("model.safetensors", "pt") as file: return file.get_tensor("w")[-1].item()
+        for load in (opened, lambda: load_file("model.safetensors")["w"][-1].item()):
+            try: print("LOADED", load())
+            except RuntimeError as error: print("REFUSED", error)
+    """
+    code, output = start(tmp_path, load)
+    assert code == 0 and output.count("REFUSED") == 2 and "is damaged" in output and ".lastgood" in output, output
+    code, output = start(tmp_path, load, "--fallback")
+    assert code == 0 and output.count("LOADED 1.0") == 2, output
+
+
 def test_a_file_that_another_program_replaced_is_not_called_damaged(tmp_path: Path) -> None:
     assert start(tmp_path, "import torch; torch.save({'i': 1}, 'last.pth')")[0] == 0
     torch.save({"i": 2, "more": torch.zeros(100)}, tmp_path / "last.pth")
