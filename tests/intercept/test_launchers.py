@@ -106,6 +106,45 @@ def test_the_launcher_of_lightning(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_directory_is_finished_when_all_ranks_of_the_trainer_have_written(tmp_path: Path, killed: int) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("")
+    (tmp_path / "transformers" / "trainer.py").write_text(
+        textwrap.dedent(
+            """
+            import os, torch
+            class Trainer:
+                args = type("Arguments", (), {"output_dir": "out"})
+                def _save_checkpoint(self, rank, killed):
+                    if rank == killed: os.kill(os.getpid(), 9)
+                    os.makedirs("out/checkpoint-1", exist_ok=True)
+                    torch.save([rank], f"out/checkpoint-1/part_{rank}.pth")
+            """
+        )
+    )
+    code, output = start(
+        tmp_path,
+        f"""
+        import multiprocessing, os, torch, torch.distributed as dist
+        from transformers.trainer import Trainer
+        def child(rank):
+            dist.init_process_group("gloo", init_method="file://" + os.path.abspath("meet"), rank=rank, world_size=2)
+            dist.barrier()
+            Trainer()._save_checkpoint(rank, {killed})
+        if __name__ == "__main__":
+            children = [multiprocessing.get_context("fork").Process(target=child, args=(i,)) for i in (0, 1)]
+            for one in children: one.start()
+            for one in children: one.join()
+        """,
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    assert (tmp_path / "out" / "checkpoint-1").exists(), output
+    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir('out')))")
+    assert code == 0 and "[]" in output and "not completely written" in output, output
+
+
+@posix
 def test_a_directory_that_lightning_did_not_finish_is_set_aside_without_being_asked(tmp_path: Path) -> None:
     """As sharded strategies write it."""
     pytest.importorskip("lightning")

@@ -213,6 +213,43 @@ def test_rank_0_does_not_move_what_a_late_rank_saved_in_place_of_its_own(
 
 
 @posix
+def test_ranks_that_are_started_anew_are_not_taken_for_those_before(tmp_path: Path) -> None:
+    """As torchrun does it with --max-restarts: the rounds of a process begin again, and the run is the same."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, subprocess, sys, torch
+        if len(sys.argv) == 1:
+            for life in ("first", "second"):
+                subprocess.run([sys.executable, __file__, life], check=True)
+            sys.exit()
+
+        def save(step):
+            torch.save([step], "tmp.pth")
+
+        def move():
+            os.replace("tmp.pth", "last.pth")
+
+        os.environ.update(RANK="0", WORLD_SIZE="2")
+        if sys.argv[1] == "first":
+            save(1), move(), save(2), move(), save(3), move()
+            sys.exit()
+        save(4)
+        other = os.fork()
+        if other == 0:
+            os.environ["RANK"] = "1"
+            save(4), save(5), save(6)
+            os._exit(0)
+        assert os.waitpid(other, 0)[1] == 0
+        move()                  # What lies there is newer.
+        assert not os.path.exists("tmp.pth")
+        assert torch.load("last.pth")[0] > 3, torch.load("last.pth")
+        """,
+    )
+    assert code == 0, output
+
+
+@posix
 def test_rank_0_killed_in_a_save_does_not_make_another_ranks_state_its_own(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
@@ -298,6 +335,29 @@ def test_history_fallback_and_verify(tmp_path: Path) -> None:
     code, output = start(tmp_path, load, "--fallback")
     assert code == 0
     assert "loaded 3" in output and "instead" in output
+
+
+def test_a_damaged_safetensors_file_is_refused_and_its_earlier_version_loaded_instead(tmp_path: Path) -> None:
+    save = "import torch\nfrom safetensors.torch import save_file\n"
+    save += "for i in (1, 2): save_file({'w': torch.full((99,), float(i))}, 'model.safetensors')"
+    assert start(tmp_path, save)[0] == 0
+    path = tmp_path / "model.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # A disk that fails leaves no date.
+    load = """
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+        def opened():
+            with safe_open("model.safetensors", "pt") as file: return file.get_tensor("w")[-1].item()
+        for load in (opened, lambda: load_file("model.safetensors")["w"][-1].item()):
+            try: print("LOADED", load())
+            except RuntimeError as error: print("REFUSED", error)
+    """
+    code, output = start(tmp_path, load)
+    assert code == 0 and output.count("REFUSED") == 2 and "is damaged" in output and ".lastgood" in output, output
+    code, output = start(tmp_path, load, "--fallback")
+    assert code == 0 and output.count("LOADED 1.0") == 2, output
 
 
 def test_a_file_that_another_program_replaced_is_not_called_damaged(tmp_path: Path) -> None:

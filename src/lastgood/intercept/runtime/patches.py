@@ -204,6 +204,11 @@ def _patch_trainer(module: Any) -> None:
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         saver.units.framework_tells(os.path.abspath(self.args.output_dir))
         result = original(self, *args, **kwargs)
+        # Each rank writes its own part, and none knows when the others have: without this, a rank that is done early
+        # would call the directory finished of which another, killed in between, has written nothing.
+        distributed: Any = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
         saver.units.finished()
         return result
 

@@ -224,13 +224,12 @@ class Saver:
                 return version
         return None
 
-    def _was_moved_for_rank_zero(self, target: str) -> bool:
-        """Whether this is rank 0, and another rank has put in place what rank 0 is about to move there."""
+    def _was_moved_for_rank_zero(self, target: str, saved: float) -> bool:
+        """Whether this is rank 0, and another rank has put in place what rank 0 began to save at `saved`."""
         if ranks.rank() != 0:
             return False
-        done = self._rounds.get(target, (0, 0.0))[0]
         with system.locked(target):
-            return any(v.run == self.settings.run and v.rank == 0 and v.round > done for v in journal.read(target))
+            return any(v.run == self.settings.run and v.rank == 0 and v.time >= saved for v in journal.read(target))
 
     def _what_lies(self, source: str) -> journal.Version | None:
         """The entry of the file that now has the name of one that we saved: another rank may have saved over it."""
@@ -321,13 +320,13 @@ class Saver:
                     ahead = max(0, there.round - self._rounds[source][0])
                 # The checksum, since the number of a file that was deleted is given to a new one.
                 if there is None or (there.inode, there.crc32) != (known.inode, known.crc32):
-                    known = None
-                    if self._was_moved_for_rank_zero(target):
+                    if self._was_moved_for_rank_zero(target, known.time):
                         # What lies there is from a rank that is late, which will find that it is: it is not for us.
                         del self.mine[source]
                         self._next_round(target, called)
                         self.report.add(collisions=1)
                         return False
+                    known = None
             if across and not _same_file_system(source, target):
                 moved = self._move_across(source, target, known, called, ahead)
             else:
