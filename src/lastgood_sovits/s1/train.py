@@ -100,6 +100,8 @@ class TrainStep:
         """Micro-batches in the open window."""
         self.skips = 0
         """Windows thrown away in a row."""
+        self.gradient_factor = 1.0
+        """What the gradients of a restored open window are to be multiplied with; see `load_state_dict`."""
         self._max_skips = max_skips
         self._preference = preference
         self._seed = seed
@@ -227,13 +229,16 @@ class TrainStep:
         """Continues where `state` was taken.
 
         Gradients may be restored before or after. If there are none when training goes on, the open window starts
-        again.
+        again. They hold the loss scale of the run that computed them: where this one has another, because its precision
+        is another, `gradient_factor` says by how much.
         """
         self.position = int(state["position"])
         self.micro_batches = int(state["micro_batches"])
         self.skips = int(state["skips"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
+        scale_before = float(state["scaler"]["scale"]) if state["scaler"] else 1.0
+        self.gradient_factor = self._scaler.get_scale() / scale_before
         self._seen.clear()
 
     def _check_open_window(self) -> None:

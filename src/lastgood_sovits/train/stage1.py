@@ -12,6 +12,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 import lastgood
+from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.resume import write_checkpoint
 from lastgood_sovits.s1 import (
     Batch,
@@ -93,6 +94,8 @@ class Stage1(Trainer):
         self.model = ranks.wrap(model)
         self.optimizer = make_optimizer(model)
         self.schedule = LockedRate(self.optimizer)
+        if options.precision == "fp16" and ranks.device.type != "cuda":
+            raise SovitsError("--precision fp16 needs CUDA; on the processor, take 32 or bf16")
         precision = config.train.precision if options.precision is None else _PRECISIONS[options.precision]
         # Gradients are exchanged after every micro-batch, so that a window that is open in a checkpoint holds the same
         # on every rank, and any number of ranks can go on with it.
@@ -140,12 +143,12 @@ class Stage1(Trainer):
         return max(epoch * self.steps_per_epoch, 1)
 
     def restored(self, ckpt: lastgood.Checkpointer) -> None:
-        before = int(ckpt["ranks"])
-        if before != self.ranks.size:
-            # DDP averages over the ranks: what an open window holds was divided by another number of them.
+        # DDP averages over the ranks: what an open window holds was divided by the number of them then.
+        factor = int(ckpt["ranks"]) / self.ranks.size * self.training.gradient_factor
+        if factor != 1:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.mul_(before / self.ranks.size)
+                    parameter.grad.mul_(factor)
         ckpt["ranks"] = self.ranks.size
 
     @property

@@ -108,7 +108,10 @@ def test_gradient_norms_equal_upstream(trained: tuple[dict[str, Any], Trained], 
             assert name not in out.gradients[index], f"{name} has a gradient"
         else:
             norm = float(out.gradients[index][name].double().norm())
-            assert norm == pytest.approx(expected["norm"], rel=tolerance), name
+            # A single element, which golden's README says not to check after a step: a sum that nearly cancels, 2.2 in
+            # the first step of v2ProPlus and 0.0002 in the second. It is compared on the scale of its terms.
+            slack = 1e-4 if name.endswith("conv_post.bias") else 0.0
+            assert norm == pytest.approx(expected["norm"], rel=tolerance, abs=slack), name
     assert out.without_gradient == reference["train_steps"][0]["params_without_grad"]
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from experiments import Experiment, assert_equal, make_experiment, train, train_whole
 
+from lastgood_sovits.s1 import TrainStep
 from lastgood_sovits.weights import read_weights
 
 STAGES = ("s1", "s2")
@@ -115,6 +118,36 @@ def test_bfloat16_resumes_exactly_too(tmp_path: Path, stage: str) -> None:
     train_whole(cut, stage, precision="bf16")
     last = whole.steps(stage)[-1]
     assert_equal(cut.tensors(stage, last), whole.tensors(stage, last))
+
+
+def _scale_losses() -> None:
+    """Gives stage 1 a loss scale on the processor, as mixed precision has on CUDA. It is a power of two: exact."""
+    original = TrainStep.__init__
+
+    def init(self: TrainStep, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        self._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    TrainStep.__init__ = init  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("scaled_first", [True, False])
+def test_an_open_window_goes_on_in_another_precision(tmp_path: Path, scaled_first: bool) -> None:
+    whole, cut = (make_experiment(tmp_path / name, epochs=1) for name in ("whole", "cut"))
+    train_whole(whole, "s1")
+    first, second = (_scale_losses, None) if scaled_first else (None, _scale_losses)
+    assert train(cut, "s1", die=3, save_every=2, before=first).codes == [-9]
+    assert cut.steps("s1") == [2]  # within a window of four
+    train_whole(cut, "s1", before=second)
+    last = whole.steps("s1")[-1]
+    ours, theirs = cut.tensors("s1", last), whole.tensors("s1", last)
+    assert_equal(*({name: t for name, t in x.items() if name.startswith("model.")} for x in (ours, theirs)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_without_cuda_is_refused_where_it_is_asked_for(experiment: Experiment, stage: str) -> None:
+    job = train(experiment, stage, precision="fp16")
+    assert job.codes == [1] and "--precision fp16 needs CUDA" in job.output and not experiment.steps(stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ from experiments import sovits
 
 from lastgood_sovits.cli import main
 from lastgood_sovits.demo import speech, story
-from lastgood_sovits.demo.experiment import STAND_IN, build, s2_config
+from lastgood_sovits.demo.experiment import STAND_IN, build, s1_config, s2_config
 from lastgood_sovits.s2.config import read_config
 from lastgood_sovits.s2.dataset import ClipDataset
+from lastgood_sovits.semantic import write_semantic
+from lastgood_sovits.weights import read_weights
 
 
 def test_the_demos_experiment_is_one_that_training_reads(tmp_path: Path) -> None:
@@ -44,6 +47,25 @@ def test_every_command_has_a_help_text() -> None:
     for command in ("train", "export", "semantic", "features", "weights", "demo"):
         done = CliRunner().invoke(main, [command, "--help"])
         assert done.exit_code == 0 and done.output.count("\n") > 5, done.output
+
+
+def test_both_stages_train_on_real_speech(tmp_path: Path) -> None:
+    experiment = build(tmp_path, clips=8)
+    config = s2_config(experiment, "run", 1, 2)
+    options = ("--device", "cpu", "--log-every", 1)
+    code, output = sovits("train", "s2", "--config", config, "--nproc", 2, *options)
+    assert code == 0, output
+    weights = tmp_path / "run" / "SoVITS_weights_v2" / "demo_e1_s6.pth"
+    assert output.splitlines()[-1] == f"Weights: {weights}"
+    assert read_weights(weights).version == "v2"
+    mels = [float(value) for value in re.findall(r" mel ([\d.]+)", output)]
+    assert len(mels) == 6 and mels[-1] < mels[0]
+    assert write_semantic(experiment.folder, weights).clips == 8
+    code, output = sovits("train", "s1", "--config", s1_config(experiment, "run", 1, 1), *options)
+    assert code == 0, output
+    assert output.splitlines()[-1] == f"Weights: {tmp_path / 'run' / 'GPT_weights_v2' / 'demo-e1.ckpt'}"
+    # Sums over clips of different length, and the optimizer has stepped twice: they need not fall yet.
+    assert len(re.findall(r" loss [\d.]+", output)) == 6
 
 
 @pytest.mark.slow
