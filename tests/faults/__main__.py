@@ -58,7 +58,7 @@ def _power(options: argparse.Namespace) -> Result:
 
 
 def _ddp(options: argparse.Namespace) -> Result:
-    return ddp.run_campaign(60 if options.full else 12)
+    return ddp.run_campaign(options.count or (60 if options.full else 12))
 
 
 def _soak(options: argparse.Namespace) -> Result:
@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--systems", type=_words, help=f"power: of {', '.join(power.SYSTEMS)}")
     parser.add_argument("--cuts", type=int, help="power: on each file system")
     parser.add_argument("--saves", type=int, help="soak: at least so many; with --full for an hour besides")
-    parser.add_argument("--count", type=int, help="hostile, jobs, peers: so many of each kind; damage: flipped bits")
+    parser.add_argument("--count", type=int, help="so many of each kind; ddp: kills; damage: flipped bits")
     parser.add_argument("--files", type=_words, help="hostile, peers: only those with one of these words in the name")
     options = parser.parse_args(arguments)
     if options.campaign is None and not options.full:
