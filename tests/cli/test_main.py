@@ -122,3 +122,12 @@ def test_other_packages_add_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert listing.count("  ls ") == 1
     result = CliRunner().invoke(main, ["ls", "--help"])
     assert "mirror" in result.output
+
+
+def test_patterns_of_run_and_the_words_of_its_program_are_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(click.Group, "main", lambda self, args, **extra: asked.append(extra))
+    for words in (["run", "--complete", "checkpoint-*", "--", "python", "*"], ["verify", "*"]):
+        monkeypatch.setattr(sys, "argv", ["lastgood", *words])
+        main()
+    assert [extra.get("windows_expand_args", True) for extra in asked] == [False, True]

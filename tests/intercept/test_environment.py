@@ -33,16 +33,18 @@ def test_children_of_every_kind_are_reached(tmp_path: Path) -> None:
                 torch.save([index], "worker.pth"); return 0
         if __name__ == "__main__":
             torch.multiprocessing.spawn(child, args=("spawn",), nprocs=1)
-            process = multiprocessing.get_context("fork").Process(target=child, args=(0, "fork"))
-            process.start(); process.join()
+            if os.name != "nt":
+                process = multiprocessing.get_context("fork").Process(target=child, args=(0, "fork"))
+                process.start(); process.join()
             list(torch.utils.data.DataLoader(Data(), num_workers=1))
             subprocess.run([sys.executable, "-c", "import torch; torch.save([1], 'subprocess.pth')"], check=True)
         """,
     )
     assert code == 0, output
-    for name in ("spawn", "fork", "worker", "subprocess"):
+    names = ["spawn", "worker", "subprocess", *(["fork"] if os.name != "nt" else [])]
+    for name in names:
         assert (tmp_path / ".lastgood" / f"{name}.pth.jsonl").exists(), (name, output)
-    assert "4 files saved" in output
+    assert f"{len(names)} files saved" in output
 
 
 def test_a_sitecustomize_of_the_user_runs_too(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_history_fallback_and_verify(tmp_path: Path) -> None:
     assert not [finding for finding in journal.verify(tmp_path) if finding.damage]
     assert len(journal.verify(tmp_path)) == 3
     data = bytearray((tmp_path / "last.pth").read_bytes())
-    data[len(data) // 2] ^= 1
+    data[data.index(b"X\x01\x00\x00\x00i") + 5] ^= 1  # The key. What torch pads its files with is nobody's content.
     (tmp_path / "last.pth").write_bytes(data)
     assert [Path(finding.path).name for finding in journal.verify(tmp_path) if finding.damage] == ["last.pth"]
     load = "import torch; print('loaded', torch.load('last.pth')['i'])"
@@ -531,7 +531,7 @@ def test_an_unfinished_directory_is_set_aside(tmp_path: Path) -> None:
         "--complete",
         "checkpoint-*",
     )
-    assert code == 128 + 9, output
+    assert code == (9 if os.name == "nt" else 128 + 9), output
     assert (tmp_path / "checkpoint-2").exists()
     code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir()))", "--complete", "checkpoint-*")
     assert "['checkpoint-1', 'script.py']" in output and "not completely written" in output

@@ -63,6 +63,9 @@ class LazyGroup(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 # A console or pipe of another code page (cp936, cp1252) shows "?" for what it has no sign for.
                 stream.reconfigure(errors="replace")
+        if args is None and sys.argv[1:2] == ["run"]:
+            # On Windows click expands patterns; those of `run`, and the words of the program, are not ours to expand.
+            extra["windows_expand_args"] = False
         try:
             return super().main(args, *rest, **extra)
         except LastGoodError as error:

@@ -114,4 +114,4 @@ def _install(install: str | None, uninstall: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run()
+    run(windows_expand_args=False)

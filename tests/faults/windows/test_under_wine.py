@@ -93,19 +93,17 @@ def share(drive: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 FULL = "LASTGOOD_ROUNDS" in os.environ
-LONG = {"test_snapshot.py", "test_frozen.py", "test_state_modules.py", "test_state_optimizers.py"}
-"""What these try is the same on every system; they take longest, and belong to the full form."""
 CORE = sorted(
     path.name
     for path in (TREE / "tests").glob("test_*.py")
-    if path.name not in left_out.LEFT_OUT and path.name != "test_files.py" and (FULL or path.name not in LONG)
+    if path.name not in left_out.LEFT_OUT and path.name != "test_files.py"
 )
 GROUPS = {
     "held files": (["faults/windows/test_holds.py", "faults/windows/test_refusals.py"], 110),
     "ways": (["faults/windows/test_ways.py"], 39),
     "single files": (["test_files.py"], 10),
     "damage": (["faults/test_damage.py"], 10),
-    "core": (CORE, 580 if FULL else 480),
+    "core": (CORE, 580),
     "command line": ([f"cli/{path.name}" for path in (TREE / "tests" / "cli").glob("test_*.py")], 70),
     "lastgood run": (
         [f"intercept/test_{name}.py" for name in ("launchers", "journal", *(("run", "environment") if FULL else ()))],
