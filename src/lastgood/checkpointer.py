@@ -317,7 +317,9 @@ class Checkpointer:
         state = self._flatten(gradients=self._gradients)
         if step == self._last_step and self._handle is not None and self._handle.state in ("pending", "committed"):
             return self._same_again(step, state, blocking)
-        self.channel.post(f"here/{self.generation}", step)
+        # With the save before, which may still be under way: of any other one rank 0 knows that this rank passed it by.
+        before = self._last_step if self._handle is not None else None
+        self.channel.post(f"here/{self.generation}", [before, step])
         handle = SaveHandle(step)
         tries = self._tries.get(step, 0)
         if self._busy == "skip" and not blocking and self._saver.skips(step, tries, self.deadline):

@@ -191,7 +191,8 @@ class Root:
             prefix + "report",
             others,
             until,
-            lambda rank: self.hurried and rank in optional and not self._came(rank, request.step),
+            lambda rank: self._passed_by(rank, request.step)
+            or (self.hurried and rank in optional and not self._came(rank, request.step)),
         )
         for rank in self._absent:
             if (late := self._channel.peek(prefix + "report", rank)) is not None:
@@ -238,10 +239,18 @@ class Root:
         self._absent = {rank for rank in self._absent if not self._came(rank, step)}
         return [rank for rank in range(1, self._world.size) if rank not in self._absent]
 
+    def _here(self, rank: int) -> list[int | None]:
+        """The last two steps for which a rank has called save, the later one last. It is done with all others."""
+        return self._channel.peek(f"here/{self._holder.number}", rank) or [None, None]
+
     def _came(self, rank: int, step: int) -> bool:
-        """Whether a rank has called save for this step, or a later one."""
-        here = self._channel.peek(f"here/{self._holder.number}", rank)
-        return here is not None and bool(here >= step)
+        """Whether a rank has called save for this step, and may still be at it."""
+        return step in self._here(rank)
+
+    def _passed_by(self, rank: int, step: int) -> bool:
+        """Whether a rank has called save for a later step without this one: it will not come."""
+        last = self._here(rank)[1]
+        return last is not None and last > step and not self._came(rank, step)
 
     def _only_there(self, request: Request, rank: int) -> list[str]:
         """What is lost without that rank, as far as rank 0 knows from its own state and the rank's last report."""

@@ -54,7 +54,7 @@ def _failing(options: argparse.Namespace) -> Result:
 
 
 def _power(options: argparse.Namespace) -> Result:
-    return power.run(cuts=options.cuts or (200 if options.full else 5), systems=options.systems or power.SYSTEMS)
+    return power.run(cuts=options.cuts or (200 if options.full else 20), systems=options.systems or power.SYSTEMS)
 
 
 def _ddp(options: argparse.Namespace) -> Result:

@@ -189,6 +189,25 @@ def reference(kind: Kind, rank: int, until: int) -> dict[int, str]:
     return digests
 
 
+class Unbroken:
+    """The digests of a run that was never saved and never killed, for steps that grow from call to call."""
+
+    def __init__(self, kind: Kind, rank: int) -> None:
+        self._job, self._step = Job.build(rank, kind), 0
+        self._random = torch.get_rng_state(), random.getstate()
+
+    def digest(self, step: int) -> str:
+        """After `step` steps. It changes the random state of this process."""
+        assert step >= self._step, "it does not go back"
+        torch.set_rng_state(self._random[0])
+        random.setstate(self._random[1])
+        while self._step < step:
+            self._step += 1
+            self._job.train(self._step)
+        self._random = torch.get_rng_state(), random.getstate()
+        return self._job.digest()
+
+
 def last_digest(kind: Kind, rank: int, until: int) -> str:
     """The digest at the end of such a run."""
     job = Job.build(rank, kind)

@@ -33,20 +33,21 @@ def in_process(code: str) -> str:
 
 @pytest.mark.parametrize("system", power.SYSTEMS)
 def test_what_was_reported_is_there_after_a_power_cut(system: str) -> None:
-    if shutil.which(power.SYSTEMS[system].make[0]) is None:
-        pytest.skip(f"{power.SYSTEMS[system].make[0]} is not installed")
-    code = f"r = power.run(cuts=5, systems=[{system!r}]); print([r.failed, sum(r.tried.values()), r.notes])"
+    for program in (power.SYSTEMS[system].make[0], power.SYSTEMS[system].mount[0]):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    code = f"r = power.run(cuts=20, systems=[{system!r}]); print([r.failed, sum(r.tried.values()), r.notes])"
     failed, cuts, reasons = ast.literal_eval(in_process(code))
     assert failed == []
     if reasons:
         pytest.skip(f"mounting is not allowed here: {reasons[0]}")
-    assert cuts == 5
+    assert cuts == 20
 
 
 def test_a_job_without_fsync_is_noticed() -> None:
     code = (
         "from pathlib import Path; power.jobs.limit_threads(); d = power.scratch(); p = d.__enter__(); "
-        "o = power.outer_disk(p); r = power.try_system('ext4', o.__enter__(), 3, synced=False); "
+        "o = power.outer_disk(p); r = power.try_system('ext4', o.__enter__(), 3, world=2, synced=False); "
         "o.__exit__(None, None, None); d.__exit__(None, None, None); print(len(r) > 0, r)"
     )
     assert in_process(code).startswith("True")

@@ -106,6 +106,20 @@ def test_the_next_save_of_rank_0_does_not_wait_for_the_deadline_of_the_one_befor
     assert len(checkpoints(tmp_path / "run")) == 3
 
 
+def test_a_rank_that_is_at_a_later_step_already_is_not_waited_for(tmp_path: Path) -> None:
+    def main(rank: Rank) -> float:
+        with rank.checkpointer(state=state(), replicated=["*"], deadline=60) as ckpt:
+            began = time.monotonic()
+            if rank.rank == 0:
+                ckpt.save(1, blocking=True)
+            ckpt.save(2, blocking=True)
+            return time.monotonic() - began
+
+    ended = run_ranks(2, main, tmp_path)
+    assert all(e.ok() < 30 for e in ended)
+    assert [e["missing"] for e in events(tmp_path / "run", "save")] == [[1], []]
+
+
 def test_a_rank_that_comes_back_is_waited_for_again(tmp_path: Path) -> None:
     def main(rank: Rank) -> None:
         with rank.checkpointer(state=state(), replicated=["*"], deadline=60) as ckpt:
