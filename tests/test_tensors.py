@@ -168,7 +168,7 @@ def test_any_view_of_any_memory_is_copied_right(data: st.DataObject) -> None:
             view = view.unsqueeze(d).expand(*view.shape[:d], data.draw(st.integers(1, 3)), *view.shape[d:])
     state = Flattener({"v": view, "again": [view, view.clone()]}, world_size=1).flatten()
     snapshot = Snapshot(0)
-    snapshot.take(state.tensors, [0], frozenset())
+    snapshot.take(state, [0], frozenset())
     for piece in snapshot.layout.pieces():
         if piece.name in ("v", "again[1]"):
             assert bytes(snapshot.view[piece.at : piece.at + piece.size]) == bits(view)

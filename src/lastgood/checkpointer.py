@@ -121,7 +121,8 @@ class Checkpointer:
             for name, patterns in (("replicated", replicated), ("local", local), ("leave_out", leave_out))
         }
         self._gradients = gradients
-        state = self._flatten()  # What cannot be saved is refused now, not after hours of training.
+        self._flattener = Flattener(self._objects, world_size=self.world.size, **self._patterns)
+        state = self._flattener.flatten()  # What cannot be saved is refused now, not after hours of training.
         self._mirror = None if mirror is None else mirror if isinstance(mirror, Mirror) else Mirror(path=Path(mirror))
         self._program, self._versions = program.describe(), program.versions()
         self._snapshot = Snapshot(self.world.rank)
@@ -314,7 +315,7 @@ class Checkpointer:
         self._check_open()
         self._check_step(step)
         metrics = arguments.check_metrics(self.metrics if metrics is None else metrics)
-        state = self._flatten(gradients=self._gradients)
+        state = self._flattener.flatten(gradients=self._gradients)
         if step == self._last_step and self._handle is not None and self._handle.state in ("pending", "committed"):
             return self._same_again(step, state, blocking)
         # With the save before, which may still be under way: of any other one rank 0 knows that this rank passed it by.
@@ -330,8 +331,8 @@ class Checkpointer:
         self._wait_for_save()
         self._check_failures()
         held, steady = self._steady.look()
-        still, unchanged = self._still.take(state.tensors, held, self._saver.announced_frozen)
-        self._snapshot.take(state.tensors, self._saver.writers, steady, still, unchanged)
+        still, unchanged = self._still.take(state, held, self._saver.announced_frozen)
+        self._snapshot.take(state, self._saver.writers, steady, still, unchanged)
         request = part.Request(
             step=step,
             tries=tries,
@@ -388,7 +389,7 @@ class Checkpointer:
     def _same_again(self, step: int, state: State, blocking: bool) -> SaveHandle:
         """A step that is saved twice: the first save serves, when nothing has changed since."""
         assert self._handle is not None
-        if state.objects != self._saved_objects or not self._snapshot.holds(state.tensors):
+        if state.objects != self._saved_objects or not self._snapshot.holds(state):
             raise LastGoodError(
                 f"save(step={step}): this step was already saved, and the state has changed since. Count the steps up, "
                 "or save each one once."
@@ -502,10 +503,6 @@ class Checkpointer:
             self._abandon()
 
     # -- parts ----------------------------------------------------------------------------------------------------
-
-    def _flatten(self, gradients: bool = False) -> State:
-        flattener = Flattener(self._objects, world_size=self.world.size, **self._patterns)
-        return flattener.flatten(gradients=gradients)
 
     def _check_open(self) -> None:
         if self._forked:

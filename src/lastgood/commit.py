@@ -191,8 +191,10 @@ class Root:
             prefix + "report",
             others,
             until,
-            lambda rank: self._passed_by(rank, request.step)
-            or (self.hurried and rank in optional and not self._came(rank, request.step)),
+            lambda rank: (
+                self._passed_by(rank, request.step)
+                or (self.hurried and rank in optional and not self._came(rank, request.step))
+            ),
         )
         for rank in self._absent:
             if (late := self._channel.peek(prefix + "report", rank)) is not None:

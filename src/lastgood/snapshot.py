@@ -24,6 +24,7 @@ from lastgood.manifest import checksum
 from lastgood.placement import LocalTensor, Placement
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece, piece_checksum
+from lastgood.state import State
 from lastgood.steady import OVERLAP_BYTES
 
 _STRIDE = 16 << 20
@@ -53,6 +54,20 @@ class _Late:
         return self.source._version != self.version or sample(self.address, self.piece.size) != self.sample
 
 
+@dataclass(slots=True)
+class _Plan:
+    """How the buffer is filled, as long as the structure of the state is the same."""
+
+    layout: Layout
+    parts: list[tuple[Piece, torch.Tensor, int]]
+    """Every piece, with its place in the buffer and its bytes."""
+    small: list[str]
+    """Small whole tensors in host memory: names, and below their places. Many, so that they are copied in one call."""
+    targets: list[torch.Tensor]
+    others: list[tuple[Piece, torch.Tensor, int]]
+    """The parts that are not among the small ones."""
+
+
 class Snapshot:
     """The host buffer of one rank, the layout by which it is filled, and the filling.
 
@@ -63,12 +78,14 @@ class Snapshot:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._plans: dict[object, tuple[Layout, list[tuple[Piece, torch.Tensor, int]]]] = {}
+        self._plans: dict[object, _Plan] = {}
+        self._plan = _Plan(Layout(rank, [], [], [], {}, 0, ()), [], [], [], [])
         self._key: object = None
+        """The structure of the state for which there are plans, and the token of such a state."""
+        self._token: object = None
         self._storage = torch.empty(0, dtype=torch.uint8)
         self._buffer = self._storage
-        self._parts: list[tuple[Piece, torch.Tensor, int]] = []
-        self.layout = Layout(rank, [], [], [], {}, 0, ())
+        self.layout = self._plan.layout
         self.view = memoryview(b"")
         """The bytes of the buffer."""
         self.overlap = True
@@ -87,7 +104,7 @@ class Snapshot:
         self._kept: dict[str, tuple[int, str]] = {}
         """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._events: list[torch.cuda.Event] = []
+        self._events: list[tuple[torch.device, torch.cuda.Event]] = []
         self._queued: list[tuple[str, torch.Tensor, int]] = []
         """Steady tensors of the GPU whose copy is queued, with their versions, until the first hook has looked."""
 
@@ -98,7 +115,7 @@ class Snapshot:
 
     def take(
         self,
-        tensors: Mapping[str, LocalTensor],
+        state: State,
         writers: Sequence[int],
         steady: frozenset[int],
         still: frozenset[str] = frozenset(),
@@ -110,7 +127,7 @@ class Snapshot:
         tensor changes.
 
         Args:
-            tensors: the state.
+            state: its tensors are copied.
             writers: the ranks that share the writing.
             steady: addresses of tensors that change in optimizer steps only.
             still: names of the tensors that are frozen, and go to a file of their own.
@@ -118,20 +135,24 @@ class Snapshot:
         """
         self.wait()
         self._events = []
-        self._prepare(tensors, writers, still)
+        self._prepare(state, writers, still)
         self._failure = None
+        plan, tensors = self._plan, state.tensors
         before = self._kept if self.overlap else {}
+        # What lies in the memory of a GPU is copied anew: there, nobody compares.
         self._kept = {
             piece.name: before[piece.name]
             for piece in self.layout.frozen
-            if piece.name in unchanged and before.get(piece.name, (-1,))[0] == piece.at
+            if piece.name in unchanged
+            and before.get(piece.name, (-1,))[0] == piece.at
+            and tensors[piece.name].tensor.is_cpu
         }
         late: list[_Late] = []
         with torch.no_grad():
             queue: list[tuple[torch.Tensor, torch.Tensor]] = []
-            now: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
             queued: list[tuple[str, torch.Tensor, int]] = []
-            for piece, target, size in self._parts:
+            targets, sources = [*plan.targets], [tensors[name].tensor for name in plan.small]
+            for piece, target, size in plan.others:
                 source = _source(tensors[piece.name], piece)
                 if source.is_cuda:
                     queue.append((target, source))
@@ -139,7 +160,7 @@ class Snapshot:
                         queued.append((piece.name, source, source._version))
                 elif not source.is_cpu:
                     target.copy_(source)
-                elif size >= OVERLAP_BYTES and self.overlap and source.is_contiguous():
+                elif size >= OVERLAP_BYTES and self.overlap and is_plain(source):
                     storage = source.untyped_storage()
                     if storage.data_ptr() in steady or piece.name in unchanged:
                         kept = self._kept[piece.name][1] if piece.name in self._kept else None
@@ -147,13 +168,13 @@ class Snapshot:
                         words = sample(address, size)
                         late.append(_Late(piece, source, storage, address, source._version, words, kept))
                         continue
-                    now[0].append(target)
-                    now[1].append(source)
+                    targets.append(target)
+                    sources.append(source)
                 else:
-                    now[0].append(target)
-                    now[1].append(source)
-            if now[0]:
-                torch._foreach_copy_(*now)  # One call for all: many small ones cost more than the bytes do.
+                    targets.append(target)
+                    sources.append(source)
+            if targets:
+                torch._foreach_copy_(targets, sources)  # One call for all: many small ones cost more than the bytes do.
             if queue:
                 self._queue(queue, steady)
                 self._queued = queued
@@ -191,8 +212,8 @@ class Snapshot:
         """
         self.begin()
         self._look_at_queued()
-        for event in self._events:
-            torch.cuda.current_stream().wait_event(event)
+        for device, event in self._events:
+            torch.cuda.current_stream(device).wait_event(event)
         with self._news:
             while self._copying or self._comparing:
                 self._news.wait()
@@ -201,9 +222,9 @@ class Snapshot:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
         self._background.shutdown(wait=False)
-        self._plans.clear()
-        self._key, self.layout = None, Layout(self._rank, [], [], [], {}, 0, ())
-        self._parts, self._events, self._filled = [], [], 0
+        self._forget_plans()
+        self._key = self._token = None
+        self._events, self._filled = [], 0
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
         self.view = memoryview(b"")
 
@@ -213,7 +234,7 @@ class Snapshot:
         Not to raise proves nothing: that is what :meth:`confirm` is for.
         """
         self.begin()
-        for event in list(self._events):
+        for _, event in list(self._events):
             event.synchronize()
         self._look_at_queued()
         with self._news:
@@ -245,19 +266,20 @@ class Snapshot:
         known = self._kept.get(piece.name)
         return known[1] if known is not None else piece_checksum(piece, self)
 
-    def holds(self, tensors: Mapping[str, LocalTensor]) -> bool:
+    def holds(self, state: State) -> bool:
         """Whether the state that was copied last is the present one, bit for bit."""
         try:
             self.confirm()
         except SaveError:
             return False
-        if _structure(tensors) != self._key:
+        if _structure(state.tensors) != self._key:
             return False
-        for piece, target, _ in self._parts:
-            present = torch.empty(target.shape, dtype=target.dtype)
-            present.copy_(_source(tensors[piece.name], piece))
-            if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
-                return False
+        with torch.no_grad():
+            for piece, target, _ in self._plan.parts:
+                present = torch.empty(target.shape, dtype=target.dtype)
+                present.copy_(_source(state.tensors[piece.name], piece))
+                if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
+                    return False
         return True
 
     def _copy(self, late: list[_Late]) -> None:
@@ -344,30 +366,50 @@ class Snapshot:
                     current.wait_stream(stream)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
-            self._events.append(event)
+            self._events.append((device, event))
 
-    def _prepare(self, tensors: Mapping[str, LocalTensor], writers: Sequence[int], still: frozenset[str]) -> None:
-        structure = _structure(tensors)
-        if structure != self._key:
-            self._plans.clear()
-            self._key = structure
+    def _prepare(self, state: State, writers: Sequence[int], still: frozenset[str]) -> None:
+        tensors = state.tensors
+        if state.token is None or state.token is not self._token:
+            structure = _structure(tensors)
+            if structure != self._key:
+                self._plans.clear()
+                self._key = structure
+            self._token = state.token
         key = tuple(writers), still
         if key not in self._plans:
             layout = lay_out(tensors, self._rank, writers, still)
             if layout.size > self.size - PAGE or self.size > 2 * layout.size + (1 << 20):
                 # The old buffer goes first: two at once would be twice the memory that is promised.
-                self._plans.clear()
+                self._forget_plans()
                 self._kept = {}
-                self._parts, self._buffer, self.view = [], torch.empty(0), memoryview(b"")
+                self._buffer, self.view = torch.empty(0), memoryview(b"")
                 self._storage = torch.empty(0)
                 pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
                 self._storage = torch.empty(layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             self._set_view(layout)
-            self._plans[key] = layout, [(piece, self._target(piece), piece.size) for piece in layout.pieces()]
-        layout, self._parts = self._plans[key]
-        self._set_view(layout)
+            self._plans[key] = self._make_plan(layout, tensors)
+        self._plan = self._plans[key]
+        self._set_view(self._plan.layout)
+
+    def _make_plan(self, layout: Layout, tensors: Mapping[str, LocalTensor]) -> _Plan:
+        plan = _Plan(layout, [(piece, self._target(piece), piece.size) for piece in layout.pieces()], [], [], [])
+        for piece, target, size in plan.parts:
+            source = tensors[piece.name].tensor
+            if size < OVERLAP_BYTES and source.is_cpu and source.shape == piece.shape:
+                plan.small.append(piece.name)
+                plan.targets.append(target)
+            else:
+                plan.others.append((piece, target, size))
+        return plan
+
+    def _forget_plans(self) -> None:
+        """They hold the memory of the buffer."""
+        self._plans.clear()
+        self._plan = _Plan(Layout(self._rank, [], [], [], {}, 0, ()), [], [], [], [])
+        self.layout = self._plan.layout
 
     def _set_view(self, layout: Layout) -> None:
         self.layout, self._filled = layout, layout.size
@@ -387,11 +429,16 @@ def memory(address: int, size: int) -> memoryview:
 
 def _structure(tensors: Mapping[str, LocalTensor]) -> object:
     return [
-        (name, t.tensor.dtype, t.shape, t.placement)
+        (name, t.tensor.dtype, t.tensor.device, t.shape, t.placement)
         if t.placement is not Placement.SHARDED
-        else (name, t.tensor.dtype, t.shape, t.tensor.shape, t.offsets, t.writes)
+        else (name, t.tensor.dtype, t.tensor.device, t.shape, t.tensor.shape, t.offsets, t.writes)
         for name, t in tensors.items()
     ]
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its bytes lie in memory as they are saved."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:

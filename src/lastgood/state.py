@@ -7,10 +7,11 @@ once, so tied weights stay tied.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from lastgood import values
 from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
 from lastgood.placement import LocalTensor, Placement
+from lastgood.recall import Given, Memory, learn, look
 from lastgood.values import Json
 
 
@@ -30,6 +32,8 @@ class State:
     tensors: dict[str, LocalTensor]
     objects: dict[str, Json]
     kinds: dict[str, str]
+    token: object = None
+    """The same object as that of another state, if both hold the same tensors but for their values. None: not known."""
 
 
 def kind_of(value: Any) -> str:
@@ -167,6 +171,7 @@ class Flattener:
         self._objects = objects
         self._world_size = world_size
         self._replicated, self._local, self._leave_out = replicated, local, leave_out
+        self._memory: Memory | None = None
         self._tensors: dict[str, LocalTensor] = {}
         self._seen: dict[int, list[str]] = {}
         """By address, the tensors that begin there."""
@@ -174,62 +179,80 @@ class Flattener:
     def flatten(self, *, gradients: bool = False) -> State:
         """The state of this moment. Values are copied into the tree; tensors are referred to, not copied."""
         self._tensors, self._seen = {}, {}
-        names = parameter_names(self._objects)
-        placements = self._module_placements()
+        kinds = {name: kind_of(value) for name, value in self._objects.items() if not self._left_out(name)}
+        given: list[Given] = []
+        for name, kind in kinds.items():
+            if kind in ("module", "optimizer"):
+                with _told(name):
+                    if self._memory is None or name not in self._memory.trees:
+                        refuse_unsupported(name, self._objects[name])
+                    given.append(_give(name, self._objects[name]))
+        # First the bulk: its order does not depend on whether it is worked out anew.
+        parts, labels, again = self._bulk(given)
+        count = len(self._tensors)
         trees: dict[str, Json] = {}
-        kinds: dict[str, str] = {}
-        for name, value in self._objects.items():
-            if self._left_out(name):
-                continue
-            refuse_unsupported(name, value)
-            kinds[name] = kind_of(value)
-            try:
-                trees[name] = self._object(name, value, kinds[name], names, placements, gradients)
-            except (LastGoodError, KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:
-                # torch's CheckpointException is no Exception.
-                raise LastGoodError(
-                    f"{name}: its state could not be taken ({type(error).__name__}: {error}). Nothing was written."
-                ) from error
-        return State(self._tensors, trees, kinds)
+        for name, kind in kinds.items():
+            with _told(name):
+                trees[name] = self._rest(name, kind, parts.get(name), labels.get(name, []), gradients)
+        state = State(self._tensors, trees, kinds, again if len(self._tensors) == count else None)
+        self._tensors, self._seen = {}, {}  # Nothing is kept alive from save to save.
+        return state
 
-    def _object(
-        self,
-        name: str,
-        value: Any,
-        kind: str,
-        names: Mapping[int, str],
-        placements: Mapping[int, Placement],
-        gradients: bool,
-    ) -> Json:
+    def _bulk(
+        self, given: Sequence[Given]
+    ) -> tuple[dict[str, tuple[Given, dict[str, Json]]], dict[str, list[str]], Memory | None]:
+        """The tensors of modules, and those that optimizers keep for each parameter.
+
+        Returns:
+            By object, the tree of its state, and for optimizers what else they gave; by optimizer, the names of its
+            parameters; and what it was recalled from, or can be from now on.
+        """
+        wrappers = self._wrappers()
+        sight = None
+        if not self._leave_out:
+            sight = look(given, [(id(module), everywhere, sorted(ignored)) for module, everywhere, ignored in wrappers])
+        memory = self._memory
+        if sight is not None and memory is not None and memory.fits(sight):
+            self._tensors, self._seen = memory.tensors(sight), dict(memory.seen)
+            return {one.name: (one, memory.tree(one)) for one in given}, memory.labels, memory
+        names = parameter_names(self._objects)
+        placements = _placements(wrappers)
+        trees: dict[str, dict[str, Json]] = {}
+        labels: dict[str, list[str]] = {}
+        for one in given:
+            with _told(one.name):
+                if isinstance(one.owner, nn.Module):
+                    trees[one.name] = self._module(one, placements)
+                else:
+                    labels[one.name] = optimizer_names(one.name, one.owner, names)
+                    trees[one.name] = self._optimizer(one, labels[one.name], placements)
+        self._memory = learn(sight, given, trees, labels, self._seen, self._tensors) if sight is not None else None
+        return {one.name: (one, trees[one.name]) for one in given}, labels, self._memory
+
+    def _rest(self, name: str, kind: str, part: Any, labels: Sequence[str], gradients: bool) -> Json:
+        """The tree of an object, where `part` is what was made of the bulk of it."""
+        value = self._objects[name]
         if kind == "module":
-            return self._module(name, value, placements, gradients)
+            given, tree = part
+            return {"state": tree, "gradients": self._gradients(given)} if gradients else {"state": tree}
         if kind == "optimizer":
-            return self._optimizer(name, value, names, placements)
+            given, tree = part
+            return {"state": tree, **self._options(given, labels)}
         if kind == "generator":
             return values.encode(value.get_state(), name, self._put(Placement.LOCAL))
         return self._tree(value.state_dict() if kind == "stateful" else value, name)
 
-    def _module_placements(self) -> dict[int, Placement]:
-        """By id, the placement of every parameter and buffer under DDP."""
-        placements: dict[int, Placement] = {}
+    def _wrappers(self) -> list[tuple[nn.parallel.DistributedDataParallel, bool, set[str]]]:
+        """Every DDP module, whether it sends its buffers around, and the names that it ignores."""
         if self._world_size == 1:
-            return placements
-        for value in self._objects.values():
-            if not isinstance(value, nn.Module):
-                continue
-            for module in value.modules():
-                if isinstance(module, nn.parallel.DistributedDataParallel):
-                    ignored = set(getattr(module, "parameters_to_ignore", ()))
-                    for key, parameter in module.module.named_parameters():
-                        if key not in ignored:
-                            placements[id(parameter)] = Placement.REPLICATED
-                    # DDP copies rank 0's buffers to the others at the next forward, unless told not to.
-                    buffers = Placement.ROOT if module.broadcast_buffers else Placement.LOCAL
-                    for key, buffer in module.module.named_buffers():
-                        placements[id(buffer)] = Placement.UNKNOWN if key in ignored else buffers
-        return placements
+            return []
+        return [
+            (module, bool(module.broadcast_buffers), set(getattr(module, "parameters_to_ignore", ())))
+            for value in self._objects.values()
+            if isinstance(value, nn.Module)
+            for module in value.modules()
+            if isinstance(module, nn.parallel.DistributedDataParallel)
+        ]
 
     def _left_out(self, path: str) -> bool:
         return matches(path, self._leave_out)
@@ -241,7 +264,7 @@ class Flattener:
 
     def _leaf(self, value: Any, path: str, placement: Placement | None) -> Json:
         """The same as `values.encode`, at less cost for a tensor: most of a state is."""
-        if type(value) is torch.Tensor:
+        if type(value) in (torch.Tensor, nn.Parameter):
             return {"$": "tensor", "v": self._add(path, value, placement)}
         return values.encode(value, path, self._put(placement))
 
@@ -289,8 +312,8 @@ class Flattener:
             self._seen[address] = [*tied, name]
         return name
 
-    def _module(self, name: str, value: nn.Module, placements: Mapping[int, Placement], gradients: bool) -> Json:
-        module = unwrap(value)
+    def _module(self, given: Given, placements: Mapping[int, Placement]) -> dict[str, Json]:
+        module, name = cast(nn.Module, given.owner), given.name
         renames = clean_names(module)
         by_key: dict[str, Placement] = {}
         owners = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -303,47 +326,51 @@ class Flattener:
             if id(tensor) in placements:
                 by_key[key] = placements[id(tensor)]
         tree: dict[str, Json] = {}
-        for key, tensor in module.state_dict().items():
+        for key, tensor in given.state.items():
             short = clean(key, renames) if renames else key
             path = f"{name}.{short}"
             if not (self._leave_out and self._left_out(path)):
                 tree[short] = self._leaf(tensor, path, by_key.get(key))
-        if not gradients:
-            return {"state": tree}
+        return tree
+
+    def _gradients(self, given: Given) -> dict[str, Json]:
+        module, name = cast(nn.Module, given.owner), given.name
+        renames = clean_names(module)
         found = {}
         for key, parameter in module.named_parameters():
             if parameter.grad is not None:
                 path = f"{name}.{clean(key, renames)}.grad"
                 found[clean(key, renames)] = values.encode(parameter.grad, path, self._put(Placement.LOCAL))
-        return {"state": tree, "gradients": found}
+        return found
 
     def _optimizer(
-        self,
-        name: str,
-        optimizer: torch.optim.Optimizer,
-        names: Mapping[int, str],
-        placements: Mapping[int, Placement],
-    ) -> Json:
-        state = optimizer.state_dict()
-        labels = optimizer_names(name, optimizer, names)
+        self, given: Given, labels: Sequence[str], placements: Mapping[int, Placement]
+    ) -> dict[str, dict[str, Json]]:
+        """What it keeps for each parameter."""
+        optimizer, name = cast(torch.optim.Optimizer, given.owner), given.name
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        tree: dict[str, Json] = {"state": {}, "groups": []}
-        shared = {}
-        for index, held in state["state"].items():
-            if type(index) is int and index < len(labels):
-                placement, path = placements.get(id(parameters[index])), f"{name}.state.{labels[index]}"
-                if self._leave_out:
-                    if not self._left_out(path):
-                        tree["state"][labels[index]] = self._tree(held, path, placement)
-                elif type(held) is dict and "$" not in held and all(type(key) is str for key in held):
-                    tree["state"][labels[index]] = {
-                        key: self._leaf(item, f"{path}.{key}", placement) for key, item in held.items()
-                    }
-                else:
-                    tree["state"][labels[index]] = self._tree(held, path, placement)
+        tree: dict[str, Json] = {}
+        for index, held in given.state["state"].items():
+            if type(index) is not int or index >= len(labels):
+                continue
+            placement, path = placements.get(id(parameters[index])), f"{name}.state.{labels[index]}"
+            if self._leave_out:
+                if not self._left_out(path):
+                    tree[labels[index]] = self._tree(held, path, placement)
+            elif type(held) is dict and "$" not in held and all(type(key) is str for key in held):
+                tree[labels[index]] = {key: self._leaf(item, f"{path}.{key}", placement) for key, item in held.items()}
             else:
-                shared[index] = held
+                tree[labels[index]] = self._tree(held, path, placement)
+        return tree
+
+    def _options(self, given: Given, labels: Sequence[str]) -> dict[str, Json]:
+        """What an optimizer holds beside the state of its parameters."""
+        name, state = given.name, given.state
+        tree: dict[str, Json] = {"groups": []}
         # Some optimizers keep state of their own beside that of the parameters, under keys of any kind.
+        shared = {
+            index: held for index, held in state["state"].items() if type(index) is not int or index >= len(labels)
+        }
         tree["shared"] = self._tree(shared, f"{name}.state")
         for number, group in enumerate(state["param_groups"]):
             options = {key: option for key, option in group.items() if key != "params"}
@@ -352,6 +379,46 @@ class Flattener:
         extra = {key: item for key, item in state.items() if key not in ("state", "param_groups")}
         tree["extra"] = self._tree(extra, f"{name}.extra")
         return tree
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Name the object whose state could not be taken."""
+    try:
+        yield
+    except (LastGoodError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # torch's CheckpointException is no Exception.
+        raise LastGoodError(
+            f"{name}: its state could not be taken ({type(error).__name__}: {error}). Nothing was written."
+        ) from error
+
+
+def _give(name: str, value: Any) -> Given:
+    if not isinstance(value, nn.Module):
+        return Given(name, value, value.state_dict())
+    module = unwrap(value)
+    if type(module).state_dict is nn.Module.state_dict:
+        # The parameters themselves: the same objects from save to save.
+        return Given(name, module, module.state_dict(keep_vars=True))
+    return Given(name, module, module.state_dict())
+
+
+def _placements(
+    wrappers: Sequence[tuple[nn.parallel.DistributedDataParallel, bool, set[str]]],
+) -> dict[int, Placement]:
+    """By id, the placement of every parameter and buffer under DDP."""
+    placements: dict[int, Placement] = {}
+    for module, everywhere, ignored in wrappers:
+        for key, parameter in module.module.named_parameters():
+            if key not in ignored:
+                placements[id(parameter)] = Placement.REPLICATED
+        # DDP copies rank 0's buffers to the others at the next forward, unless told not to.
+        buffers = Placement.ROOT if everywhere else Placement.LOCAL
+        for key, buffer in module.module.named_buffers():
+            placements[id(buffer)] = Placement.UNKNOWN if key in ignored else buffers
+    return placements
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-OVERLAP_BYTES = 256 << 10
+OVERLAP_BYTES = 32 << 10
 """Smaller tensors are copied at once: that takes no longer than to arrange for the copy."""
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
 
 
 class Steady:
@@ -29,6 +30,8 @@ class Steady:
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._graphed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        """Those whose step was captured into a CUDA graph."""
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, objects: Mapping[str, Any]) -> None:
@@ -62,22 +65,35 @@ class Steady:
         held: set[int] = set()
         steady: set[int] = set()
         for optimizer, steps in list(self._steps.items()):
-            everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states = [state for state in optimizer.state.values() if isinstance(state, dict)]
-            trained = _storages(p for p in everything if p.requires_grad or p in optimizer.state)
-            trained |= _storages(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
-            held |= trained
-            if steps and not any(group.get("capturable") for group in optimizer.param_groups):
-                steady |= trained | _storages(everything)
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            trained += [key for key in optimizer.state if isinstance(key, torch.Tensor)]
+            trained += [
+                t for state in states for t in state.values() if type(t) in _TENSORS or isinstance(t, torch.Tensor)
+            ]
+            changing = _storages(trained)
+            held |= changing
+            graphed = optimizer in self._graphed or any(group.get("capturable") for group in optimizer.param_groups)
+            if steps and not graphed:
+                steady |= changing | _storages(p for p in parameters if not p.requires_grad)
             self._steps[optimizer] = 0
         return frozenset(held), frozenset(steady)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if _captures():
+            # Nothing is changed now, and what replays the graph will call no hook.
+            self._graphed.add(optimizer)
+            return
         self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         self._wait()
 
     def _before_load(self, *_: Any) -> None:
         self._wait()
+
+
+def _captures() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from lastgood.placement import LocalTensor, Placement
-from lastgood.snapshot import sample
-from lastgood.steady import OVERLAP_BYTES
+from lastgood.placement import Placement
+from lastgood.snapshot import is_plain, sample
+from lastgood.state import State
 
+FROZEN_BYTES = 256 << 10
+"""Smaller tensors are written with the others: that takes no longer than to find out that they are frozen."""
 _CALM = 3
 """Saves for which a tensor that changed must stand still, before it counts as frozen again."""
 
@@ -19,9 +21,12 @@ class Still:
         self._signs: dict[str, tuple[int, int, bytes]] = {}
         self._calm: dict[str, int] = {}
         """Saves since a tensor was last seen to change; one that never was has the benefit of the doubt."""
+        self._token: object = None
+        self._large: list[str] = []
+        """The tensors that can be frozen at all, of the state with that token."""
 
     def take(
-        self, tensors: Mapping[str, LocalTensor], held: frozenset[int], announced: Sequence[str] | None
+        self, state: State, held: frozenset[int], announced: Sequence[str] | None
     ) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the tensors that count as frozen, and of those among them that were there at the last save.
 
@@ -33,14 +38,16 @@ class Still:
         """
         names, unchanged = set(), set()
         signs: dict[str, tuple[int, int, bytes]] = {}
-        for name, part in tensors.items():
-            tensor = part.tensor
-            if (
-                tensor.nbytes < OVERLAP_BYTES
-                or part.placement in (Placement.SHARDED, Placement.LOCAL)
-                or tensor.untyped_storage().data_ptr() in held
-                or not tensor.is_contiguous()
-            ):
+        if state.token is None or state.token is not self._token:
+            self._token = state.token
+            self._large = [
+                name
+                for name, part in state.tensors.items()
+                if part.tensor.nbytes >= FROZEN_BYTES and part.placement not in (Placement.SHARDED, Placement.LOCAL)
+            ]
+        for name in self._large:
+            tensor = state.tensors[name].tensor
+            if tensor.untyped_storage().data_ptr() in held or not is_plain(tensor):
                 continue
             sign = (
                 tensor.data_ptr(),

@@ -1,0 +1,195 @@
+"""What is recalled of a state's structure is what would be worked out anew, whatever happened since the last save."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lastgood import Checkpointer
+from lastgood.state import Flattener, State
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("average", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.second(self.first(x)))
+        return result
+
+
+def job() -> dict[str, Any]:
+    torch.manual_seed(1)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    # Its step counters are numbers.
+    other = torch.optim.Rprop(net.parameters(), lr=0.1)
+    objects = {"ema": {"w": torch.ones(3)}, "net": net, "optimizer": optimizer, "other": other, "epoch": 3}
+    train(objects)
+    return objects
+
+
+def train(objects: dict[str, Any]) -> None:
+    objects["net"](torch.randn(4, 6)).sum().backward()
+    for name in ("optimizer", "other"):
+        objects[name].step()
+
+
+def described(state: State) -> Any:
+    tensors = [
+        (name, t.tensor.data_ptr(), t.tensor.shape, t.tensor.dtype, t.tensor.stride(), t.placement, t.shape, t.offsets)
+        for name, t in state.tensors.items()
+    ]
+    return tensors, state.objects, state.kinds
+
+
+def recalls(flattener: Flattener) -> bool:
+    memory = flattener._memory
+    return memory is not None and flattener.flatten() is not None and flattener._memory is memory
+
+
+def test_the_structure_is_recalled_and_the_values_are_new() -> None:
+    objects = job()
+    flattener = Flattener(objects, world_size=1)
+    before = flattener.flatten()
+    train(objects)
+    objects["optimizer"].param_groups[0]["lr"] = 0.5
+    assert recalls(flattener)
+    again = flattener.flatten()
+    assert again.objects["optimizer"]["groups"][0]["options"]["lr"] == 0.5
+    assert again.objects["optimizer"] != before.objects["optimizer"]
+    assert described(again) == described(Flattener(objects, world_size=1).flatten())
+
+
+def test_numbers_that_an_optimizer_keeps_for_each_parameter_are_those_of_now() -> None:
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for parameter in net.parameters():
+        optimizer.state[parameter] = {"count": 1, "average": torch.zeros(2), "best": float("inf")}
+    flattener = Flattener({"net": net, "optimizer": optimizer}, world_size=1)
+    flattener.flatten()
+    for number, parameter in enumerate(net.parameters()):
+        optimizer.state[parameter]["count"] = 7 + number
+    assert recalls(flattener)
+    tree = flattener.flatten().objects["optimizer"]["state"]
+    assert [held["count"] for held in tree.values()] == [7, 8]
+    assert (
+        flattener.flatten().objects == Flattener({"net": net, "optimizer": optimizer}, world_size=1).flatten().objects
+    )
+
+
+def tie(objects: dict[str, Any]) -> None:
+    objects["net"].second.weight = objects["net"].first.weight
+
+
+def tie_by_data(objects: dict[str, Any]) -> None:
+    objects["net"].second.weight.data = objects["net"].first.weight.data
+
+
+def transpose(objects: dict[str, Any]) -> None:
+    objects["net"].first.weight.data = objects["net"].first.weight.data.t()
+
+
+def convert(objects: dict[str, Any]) -> None:
+    objects["net"].first.weight.data = objects["net"].first.weight.data.to(torch.bfloat16)
+
+
+def reshape(objects: dict[str, Any]) -> None:
+    objects["net"].average.data = objects["net"].average.data.view(2, 3)
+
+
+def swap(objects: dict[str, Any]) -> None:
+    net = objects["net"]
+    net.first.weight, net.second.weight = net.second.weight, net.first.weight
+
+
+def replace_buffer(objects: dict[str, Any]) -> None:
+    objects["net"].average = objects["net"].average + 1
+
+
+def add_module(objects: dict[str, Any]) -> None:
+    objects["net"].third = nn.Linear(2, 2)
+    objects["optimizer"].add_param_group({"params": list(objects["net"].third.parameters())})
+
+
+def remove_state(objects: dict[str, Any]) -> None:
+    optimizer = objects["optimizer"]
+    del optimizer.state[next(iter(optimizer.state))]
+
+
+def change_state_type(objects: dict[str, Any]) -> None:
+    for held in objects["optimizer"].state.values():
+        held["step"] = int(held["step"])
+
+
+def reorder_groups(objects: dict[str, Any]) -> None:
+    objects["optimizer"].param_groups[0]["params"].reverse()
+
+
+def tensor_rate(objects: dict[str, Any]) -> None:
+    objects["optimizer"].param_groups[0]["lr"] = torch.tensor(0.25)
+
+
+def empty(objects: dict[str, Any]) -> None:
+    objects["net"].average = torch.empty(0)
+
+
+def hook(objects: dict[str, Any]) -> None:
+    objects["net"].register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: state.update({"first.bias": state["second.bias"]})
+    )
+
+
+CHANGES = [tie, tie_by_data, transpose, convert, reshape, swap, replace_buffer, add_module, remove_state]
+CHANGES += [change_state_type, reorder_groups, tensor_rate, empty, hook]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_state_that_changed_is_worked_out_anew(change: Callable[[dict[str, Any]], None]) -> None:
+    objects = job()
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    assert recalls(flattener), "the test would show nothing"
+    change(objects)
+    for _ in range(2):
+        assert described(flattener.flatten()) == described(Flattener(objects, world_size=1).flatten())
+
+
+def test_a_tensor_at_another_place_keeps_its_name_and_what_is_tied_is_found() -> None:
+    objects = job()
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    replace_buffer(objects)
+    assert recalls(flattener)
+    objects["ema"]["w"] = objects["net"].average
+    state = flattener.flatten()
+    assert state.objects["ema"]["w"] == state.objects["net"]["state"]["average"]
+    assert described(state) == described(Flattener(objects, world_size=1).flatten())
+
+
+def test_nothing_that_was_replaced_is_kept_alive(tmp_path: Path) -> None:
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    objects = {"net": net, "optimizer": optimizer}
+    with Checkpointer(tmp_path / "run", **objects) as ckpt:
+        ckpt.restore()
+        for step in (1, 2, 3):
+            net(torch.randn(4, 6)).sum().backward()
+            optimizer.step()
+            ckpt.save(step, blocking=True)
+        ckpt._finish_save()
+        gone = weakref.ref(net.average)
+        net.average = torch.ones(6)
+        gc.collect()
+        assert gone() is None
