@@ -162,3 +162,49 @@ def test_two_ranks_on_one_gpu_without_a_process_group_write_one_copy(tmp_path: P
     copies = elements + 8 * parameters + 4 * len(list(model.parameters()))
     assert results[0] == results[1]
     assert copies <= results[0] < copies + 64 * 1024
+
+
+def test_a_graph_that_is_captured_while_lastgood_watches_is_copied_at_once(tmp_path: Path) -> None:
+    """SGD has no option that says that its step is captured."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(6)]).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    batch = torch.randn(64, 1024, device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    wanted = {}
+    with lastgood.Checkpointer(tmp_path, model=model, optimizer=optimizer, keep=lastgood.Keep(last=99)) as ckpt:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for number in range(1, 6):
+            graph.replay()
+            wanted[number] = copy.deepcopy(model.state_dict())
+            ckpt.save(number)
+            for _ in range(3):
+                graph.replay()
+        for number, weights in reversed(wanted.items()):
+            ckpt.restore(number)
+            assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), number
+
+
+def test_an_average_that_begins_to_change_past_the_version_counter_is_saved_as_it_is(tmp_path: Path) -> None:
+    average = torch.ones(1 << 20, device="cuda")
+    with lastgood.Checkpointer(tmp_path, state={"average": average}, keep=lastgood.Keep(last=99)) as ckpt:
+        for number in range(1, 9):
+            if number > 5:
+                average.data.mul_(0.5)
+            ckpt.save(number, blocking=True)
+        for number in range(8, 4, -1):
+            ckpt.restore(number)
+            assert average[0].item() == 0.5 ** (number - 5)

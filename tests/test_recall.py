@@ -193,3 +193,39 @@ def test_nothing_that_was_replaced_is_kept_alive(tmp_path: Path) -> None:
         net.average = torch.ones(6)
         gc.collect()
         assert gone() is None
+
+
+def test_a_transposed_view_is_not_tied_to_what_it_was_equal_to() -> None:
+    objects = job()
+    tie_by_data(objects)
+    flattener = Flattener(objects, world_size=1)
+    assert flattener.flatten().objects["net"]["state"]["second.weight"]["v"] == "net.first.weight"
+    assert recalls(flattener)
+    objects["net"].second.weight.data = objects["net"].first.weight.data.t()
+    state = flattener.flatten()
+    assert state.objects["net"]["state"]["second.weight"]["v"] == "net.second.weight"
+    assert described(state) == described(Flattener(objects, world_size=1).flatten())
+
+
+def test_the_parameters_of_an_optimizer_without_state_change_places() -> None:
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    objects = {"net": net, "optimizer": optimizer}
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    assert recalls(flattener)
+    optimizer.param_groups[0]["params"].reverse()
+    groups = flattener.flatten().objects["optimizer"]["groups"]
+    assert groups[0]["params"] == ["net.bias", "net.weight"]
+
+
+def test_a_number_and_a_tensor_change_places() -> None:
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    objects = {"net": net, "optimizer": optimizer}
+    optimizer.state[net.weight] = {"a": 1, "b": torch.ones(2)}
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    assert recalls(flattener)
+    optimizer.state[net.weight] = {"a": torch.ones(2), "b": 1}
+    assert described(flattener.flatten()) == described(Flattener(objects, world_size=1).flatten())

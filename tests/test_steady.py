@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
+from lastgood import steady as steady_module
 from lastgood.steady import Steady
 
 WIDTH = 384
@@ -111,3 +113,19 @@ def test_hooks_do_not_travel_with_copies_and_go_with_close() -> None:
     step(model, optimizer)
     assert not waits
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_optimizer_whose_step_was_captured_is_never_steady_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build()
+    steady, waits = watched(optimizer)
+    step(model, optimizer)
+    steady.look()
+    waits.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(steady_module, "_captures", lambda: True)
+        step(model, optimizer)
+    assert not waits, "nothing may be waited for while a graph is captured"
+    step(model, optimizer)
+    held, found = steady.look()
+    assert model.weight.data_ptr() in held
+    assert not found
