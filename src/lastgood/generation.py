@@ -55,11 +55,12 @@ def highest_note(run: Path) -> int:
 
 
 def record(run: Path, number: int) -> Json | None:
-    """What a generation's file says, or None while it is being written."""
+    """What a generation's file says, or None where it says nothing: it is being written, or damaged."""
     try:
-        return json.loads(disk.read_bytes(_path(run, number, "json"), limit=_READ_LIMIT))
-    except (OSError, ValueError):
+        who = json.loads(disk.read_bytes(_path(run, number, "json"), limit=_READ_LIMIT))
+    except (OSError, ValueError, RecursionError):
         return None
+    return who if isinstance(who, dict) else None
 
 
 def base(run: Path, number: int) -> str | None:
@@ -292,8 +293,14 @@ def _remove(path: Path) -> None:
 def _acquire(run: Path) -> disk.FileLock | None:
     """The lock of a run, or None where another job holds it. A command that looks has it for a moment only."""
     end = time.monotonic() + _LOOK_SECONDS
-    while (lock := disk.FileLock.try_acquire(run / "lock")) is None and time.monotonic() < end:
-        time.sleep(0.02)
+    try:
+        while (lock := disk.FileLock.try_acquire(run / "lock")) is None and time.monotonic() < end:
+            time.sleep(0.02)
+    except OSError as error:
+        raise LastGoodError(
+            f"{run / 'lock'} cannot be locked ({error}), so nobody could tell whether another job uses this run. If "
+            "it is no plain file of yours, delete it while no job uses the run; it holds nothing."
+        ) from error
     return lock
 
 
@@ -314,7 +321,7 @@ def _watch(run: Path, number: int, who: Json | None, stale: float) -> None:
     first = counter()
     end = time.monotonic() + stale
     while time.monotonic() < end:
-        if counter() != first or generations(run)[-1] != number:
+        if counter() != first or generations(run)[-1:] != [number]:
             raise RunHeldError(_held(run, who))
         time.sleep(min(0.5, stale / 20))
 
@@ -322,7 +329,10 @@ def _watch(run: Path, number: int, who: Json | None, stale: float) -> None:
 def _held(run: Path, who: Json | None) -> str:
     holder = "another job"
     if who is not None:
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("started", 0)))
+        try:
+            started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("started", 0)))
+        except (TypeError, ValueError, OverflowError, OSError):
+            started = "a time that its record does not tell"
         holder = (
             f"process {who.get('pid')} on {who.get('host')} (since {started}, {who.get('world_size')} rank(s), "
             f"command: {who.get('command')})"

@@ -228,7 +228,7 @@ class _Turn:
 
 def _read(record: Path, job: str) -> dict[str, Any]:
     """The record of a job, empty when it is missing, another job's, or being written at this moment."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(disk.read_bytes(record, limit=_RECORD_LIMIT))
         if isinstance(content, dict) and content.get("job") == job:
             return content

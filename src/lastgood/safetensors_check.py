@@ -51,6 +51,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name appears twice")
+    for name, value in pairs:
+        # Half of a surrogate pair is no text: the safetensors library refuses the file.
+        for text in (name, value) if isinstance(value, str) else (name,):
+            text.encode()
     return result
 
 

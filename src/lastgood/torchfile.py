@@ -195,7 +195,10 @@ def _read_safetensors(stream: BinaryIO, map_location: str | torch.device | None)
     import safetensors.torch
 
     stream.seek(0)
-    tensors = safetensors.torch.load(stream.read())
+    try:
+        tensors = safetensors.torch.load(stream.read())
+    except safetensors.SafetensorError as error:
+        raise DamagedError(f"the safetensors library does not take it: {error}") from error
     device = torch.device("cpu" if map_location is None else map_location)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 

@@ -57,7 +57,7 @@ def scramble(data: bytes, draw: random.Random) -> bytes:
         elif kind == 1:
             del out[at : at + length]
         elif kind == 2:
-            out[at:at] = part * draw.choice([1, 2, 50])
+            out[at:at] = part * min(draw.choice([1, 2, 50]), 1 + (4 << 20) // len(part or b"x"))
         elif kind == 3:
             other = draw.randrange(len(out) + 1)
             there = bytes(out[other : other + len(part)])
