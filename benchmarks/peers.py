@@ -259,6 +259,8 @@ class DcpProcess(DcpAsync):
     process = True
 
     def __init__(self, job: Job, directory: Path) -> None:
+        # Else it holds a descriptor for each tensor, and with 20,000 of them nothing can be opened any more.
+        torch.multiprocessing.set_sharing_strategy("file_system")
         super().__init__(job, directory)
         if not torch.distributed.is_initialized():
             # The process makes itself a group like this one's, and finds it by these names.
@@ -268,6 +270,7 @@ class DcpProcess(DcpAsync):
 
     def close(self) -> None:
         super().close()
+        torch.multiprocessing.set_sharing_strategy("file_descriptor")
         torch.distributed.destroy_process_group()
         for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
