@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -334,3 +336,27 @@ def test_a_state_that_shrinks_gives_memory_back(tmp_path: Path) -> None:
         del large["a"]
         ckpt.save(2, blocking=True).result()
         assert ckpt._snapshot.size < 1 << 20
+
+
+def test_who_waits_for_the_copy_takes_part_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    real, threads = ctypes.memmove, []
+
+    def slow(target: int, source: int, size: int) -> None:
+        threads.append(threading.get_ident())
+        time.sleep(0.005)
+        real(target, source, size)
+
+    with begin(tmp_path, model=model, optimizer=optimizer) as ckpt:
+        step(model, optimizer)
+        monkeypatch.setattr(ctypes, "memmove", slow)
+        handle = ckpt.save(1)
+        ckpt.wait_snapshot()
+        wanted = copy.deepcopy(model.state_dict())
+        step(model, optimizer)
+        handle.result()
+        assert threading.get_ident() in threads and len(set(threads)) == 2
+        monkeypatch.undo()
+        ckpt.restore(1)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())

@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -100,6 +102,10 @@ class Snapshot:
         """Threads that still compare what the buffer holds since an earlier save."""
         self._late: tuple[list[_Late], list[list[_Late]]] = [], []
         """What is to be copied and compared in the background, until that has begun."""
+        self._todo: deque[tuple[_Late, int, int]] = deque()
+        """The parts that are to be copied, in the order of the buffer: tensor, where it begins in it, and its bytes."""
+        self._moving = 0
+        """Threads that copy one of them now."""
         self._failure: str | None = None
         self._kept: dict[str, tuple[int, str]] = {}
         """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
@@ -194,6 +200,11 @@ class Snapshot:
         """
         with self._news:
             (copies, shares), self._late = self._late, ([], [])
+            self._todo.extend(
+                (item, offset, min(_STRIDE, item.piece.size - offset))
+                for item in copies
+                for offset in range(0, item.piece.size, _STRIDE)
+            )
         if copies:
             self._in_background(self._copy, copies)
         for share in shares:
@@ -214,6 +225,9 @@ class Snapshot:
         self._look_at_queued()
         for device, event in self._events:
             torch.cuda.current_stream(device).wait_event(event)
+        # Who waits has a core to spare. It begins at the end: the writer follows what is copied from the beginning.
+        while self._move(-1):
+            continue
         with self._news:
             while self._copying or self._comparing:
                 self._news.wait()
@@ -285,21 +299,16 @@ class Snapshot:
     def _copy(self, late: list[_Late]) -> None:
         """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
         try:
-            for item, following in zip(late, [*late[1:], None], strict=True):
-                size, at = item.piece.size, item.piece.at
-                base, source = self._buffer.data_ptr() + at, item.address
-                for offset in range(0, size, _STRIDE):
-                    part = min(_STRIDE, size - offset)
-                    # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
-                    ctypes.memmove(base + offset, source + offset, part)
-                    self._advance(at + offset + part)
-                if item.changed():
-                    return self._fail(item.piece.name)
-                self._advance(self.layout.size if following is None else following.piece.at)
-            # Once more: an operation that was under way raises the version counters only at its end.
+            while self._move(0):
+                continue
+            with self._news:
+                while self._moving:
+                    self._news.wait()
+            # Not before: an operation that was under way raises the version counters only at its end.
             for item in late:
                 if item.changed():
                     return self._fail(item.piece.name)
+            self._advance(self.layout.size)
         except BaseException as error:
             self._fail(f"({error})")
             raise
@@ -307,6 +316,28 @@ class Snapshot:
             with self._news:
                 self._copying = False
                 self._news.notify_all()
+
+    def _move(self, end: Literal[0, -1]) -> bool:
+        """Copy the first or the last part of what is to be copied. False where nothing is left."""
+        with self._news:
+            if not self._todo:
+                return False
+            item, offset, size = self._todo[end]
+            del self._todo[end]
+            self._moving += 1
+        at = item.piece.at + offset
+        # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
+        ctypes.memmove(self._buffer.data_ptr() + at, item.address + offset, size)
+        filled = at + size
+        with self._news:
+            self._moving -= 1
+            if end == 0 and self._todo:
+                following, offset, _ = self._todo[0]
+                filled = following.piece.at + offset
+            self._news.notify_all()
+        if end == 0:
+            self._advance(filled)
+        return True
 
     def _compare(self, late: list[_Late]) -> None:
         """Whether the tensors are what the buffer holds since an earlier save: looking is cheaper than copying."""
