@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import io
 import os
 import stat as stat_module
+import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,6 +92,9 @@ class _Atomic:
         self._mode = mode
         self._called = time.time()
         self._failed: BaseException | None = None
+        self._owner = os.getpid()
+        self.opened_by = threading.current_thread()
+        self._before = _being_handled()
         self._temporary = _saver.temporary(path)
         return Raw(self._temporary, mode="x+" if "+" in mode else "x")
 
@@ -98,9 +106,11 @@ class _Atomic:
     def mode(self) -> str:
         return self._mode
 
-    def fail(self, error: BaseException) -> None:
-        """What was written is not to be kept: the program left the block with an error."""
-        self._failed = error
+    def fail(self, error: BaseException, *, aside: bool = False) -> None:
+        """What was written is not to be put in place, for an error came in between; `aside` keeps it elsewhere."""
+        if self._failed is None:
+            self._failed = error
+            self._aside = aside
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is not None:
@@ -113,20 +123,75 @@ class _Atomic:
             return
         raw: Any = this.raw
         base: Any = super()
+        if self._owner != os.getpid():
+            base.close()  # A forked child's copy: the file is its parent's.
+            return
+        if raw.failed is not None:
+            self.fail(raw.failed)
+        error = sys.exc_info()[1]
+        if error is not None and id(error) not in self._before and not isinstance(error, _CONTROL):
+            # Closed on the way out, as in `finally`, or as numpy closes an npz: that makes it no whole file. Where the
+            # program meant to write so much and no more, it finds it.
+            self.fail(error, aside=True)
         try:
             if self._failed is None:
                 _saver.finish(raw, base)
         except BaseException as error:
-            self._failed = error
+            self.fail(error)
             raise
         finally:
             try:
                 base.close()
             finally:
                 if self._failed is not None:
-                    _saver.abandon(self._temporary, self._path, self._failed)
+                    _saver.abandon(self._temporary, self._path, self._failed, aside=self._aside)
         if self._failed is None:
             _saver.put(self._temporary, self._path, raw.size, raw.crc, self._called)
+
+
+_CONTROL = (StopIteration, StopAsyncIteration, GeneratorExit)
+"""Exceptions that are no errors: a file may well be closed while one is dealt with."""
+
+
+def _being_handled() -> set[int]:
+    """The exceptions that are being dealt with. By number: to hold them would hold all that was going on then."""
+    numbers: set[int] = set()
+    error = sys.exc_info()[1]
+    while error is not None and id(error) not in numbers:
+        numbers.add(id(error))
+        error = error.__context__
+    return numbers
+
+
+_not_closed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Files that the program leaves to the interpreter to close, which does so when we can do nothing any more."""
+    died = getattr(sys, "last_value", None)
+    for file in list(_not_closed):
+        binary = getattr(file, "buffer", file) if not file.closed else None
+        if binary is None:
+            continue
+        if died is not None:
+            binary.fail(died, aside=True)
+        elif binary.opened_by is not threading.current_thread() and binary.opened_by.is_alive():
+            continue  # A daemon thread is in the middle of it.
+        with contextlib.suppress(OSError):  # Reported; and there is nobody left to raise it to.
+            file.close()
+
+
+@contextlib.contextmanager
+def writing_to(file: Any) -> Iterator[None]:
+    """Around a function that writes to an open file: if it fails, the file is not put in place, whoever closes it."""
+    try:
+        yield
+    except BaseException as error:
+        binary = getattr(file, "buffer", file)
+        if isinstance(binary, _Atomic):
+            binary.fail(error)
+        raise
 
 
 class Bytes(_Atomic, io.BufferedWriter):  # type: ignore[misc, override, unused-ignore]
@@ -182,9 +247,11 @@ def open(
         return system.open_file(os.devnull, mode, buffering, encoding, errors, newline)
     binary = (ReadableBytes if "+" in mode else Bytes)(path, file, buffering if buffering > 1 else 1 << 20)
     if "b" in mode:
+        _not_closed.add(binary)
         return binary
     text = Text(binary, encoding, errors, newline, line_buffering=buffering == 1)
     text.mode = mode  # type: ignore[misc]
+    _not_closed.add(text)
     return text
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import inspect
 import io
+import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -85,7 +87,8 @@ def _patch_torch(torch: Any) -> None:
     def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
         path = files.target_of(f)
         if path is None:
-            return original_save(obj, f, *args, **kwargs)
+            with files.writing_to(f):
+                return original_save(obj, f, *args, **kwargs)
         if saver.leaves_to_rank_zero(path):
             sink = files.Counting()
             original_save(obj, sink, *args, **kwargs)
@@ -238,6 +241,8 @@ def _patch_system() -> None:
     files.use(saver)
     builtins.open = files.open
     io.open = files.open
+    json.dump = _dump(json.dump, "fp")
+    pickle.dump = _dump(pickle.dump, "file")
     os.rename = _rename(system.rename)
     os.replace = _rename(system.replace)
     shutil.move = _move
@@ -256,6 +261,17 @@ def _patch_system() -> None:
 
 def _is_pretended(path: Any) -> bool:
     return isinstance(path, (str, os.PathLike)) and files.absolute(path) in saver.pretended
+
+
+def _dump(original: Callable[..., None], keyword: str) -> Callable[..., None]:
+    """A function that writes to a file, its second argument."""
+
+    def dump(*args: Any, **kwargs: Any) -> None:
+        with files.writing_to(args[1] if len(args) > 1 else kwargs.get(keyword)):
+            original(*args, **kwargs)
+
+    _dress(dump, original)
+    return dump
 
 
 def _rename(original: Callable[..., None]) -> Callable[..., None]:

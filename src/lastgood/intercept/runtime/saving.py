@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from . import journal, mirror, ranks, system
 from .report import Report
-from .settings import Settings
+from .settings import PRIVATE, Settings
 from .units import Units
 
 SYNC_AHEAD = 64 << 20
@@ -41,9 +41,18 @@ class Raw(io.FileIO):
         super().__init__(path, mode)  # FileIO is always binary and unbuffered.
         self.crc: int | None = 0 if checksum else None
         self.size = 0
+        self.failed: BaseException | None = None
+        """Why some of what was to be written is not there, or there twice: a later write does not make that good."""
         self._ahead = 0
 
     def write(self, data: Any) -> int:
+        try:
+            return self._write(data)
+        except BaseException as error:
+            self.failed = error
+            raise
+
+    def _write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if self.crc is not None and self.tell() != self.size:
             self.crc = None  # The writer went back (a zip file does): the file is read once more at the end.
@@ -129,11 +138,26 @@ class Saver:
             raw.crc = None  # Written around us through the descriptor, as numpy's tofile does.
             raw.size = size
 
-    def abandon(self, temporary: str, path: str, error: BaseException) -> None:
-        with contextlib.suppress(OSError):
-            system.remove(temporary)
+    def abandon(self, temporary: str, path: str, error: BaseException, *, aside: bool = False) -> None:
+        """Drop what was to be saved under the name `path`, or keep it `aside`."""
+        more = ""
+        if aside:
+            more = f"what was written until then is in {self._keep_aside(temporary, path, 'partial')}; "
+        else:
+            with contextlib.suppress(OSError):
+                system.remove(temporary)
         if not isinstance(error, GeneratorExit):
-            self.report.failed(f"{path} was not saved: {error!r}; what had this name before is unchanged")
+            self.report.failed(f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
+
+    def _keep_aside(self, source: str, target: str, kind: str) -> str:
+        """Give a file that was not put in place a name that nothing deletes but the next of its kind; returns it."""
+        kept = os.path.join(os.path.dirname(target), PRIVATE, kind, os.path.basename(target))
+        try:
+            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            system.replace(source, kept)
+        except OSError:
+            return source
+        return kept
 
     # Putting in place.
 
