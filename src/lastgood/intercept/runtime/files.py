@@ -33,12 +33,20 @@ def use(saver: Saver) -> None:
 
 
 def absolute(path: Any) -> str | None:
-    """The absolute path; None for bytes and descriptors, which we leave alone."""
+    """The one name of a file by which we know it: links in its directory are followed, a link itself is not.
+
+    None for bytes and descriptors, which we leave alone.
+    """
     try:
         name = os.fspath(path)
     except TypeError:
         return None
-    return os.path.abspath(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    directory, last = os.path.split(name)
+    if last in ("", ".", ".."):
+        return os.path.realpath(name)
+    return os.path.join(os.path.realpath(directory), last)
 
 
 def target_of(path: Any) -> str | None:
@@ -80,7 +88,7 @@ def is_checkpoint_move(source: str, target: str) -> bool:
     """Whether a rename puts a checkpoint in place: a plain file, saved by us or named like one."""
     if source in _saver.pretended or source in _saver.mine:
         return True
-    return is_checkpoint(target) and system.isfile(source) and os.path.isdir(os.path.dirname(target))
+    return is_checkpoint(target) and system.isfile(source) and not os.path.islink(source)
 
 
 class _Atomic:
@@ -275,12 +283,19 @@ def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
     try:
         return system.stat(path, *args, **kwargs)
     except FileNotFoundError:
-        name = absolute(path) if not isinstance(path, int) else None
-        if name is None or name not in _saver.pretended:
+        if not is_pretended(path):
             raise
         now = time.time()
         mode = stat_module.S_IFREG | 0o644
-        return os.stat_result((mode, 0, 0, 1, 0, 0, _saver.pretended[name], int(now), int(now), int(now)))
+        size = _saver.pretended[os.path.realpath(path)]
+        return os.stat_result((mode, 0, 0, 1, 0, 0, size, int(now), int(now), int(now)))
+
+
+def is_pretended(path: Any) -> bool:
+    """Whether rank 0 saves this file in this rank's place."""
+    if not _saver.pretended or not isinstance(path, (str, os.PathLike)):
+        return False
+    return os.path.realpath(path) in _saver.pretended
 
 
 class Entries:

@@ -164,10 +164,10 @@ def _intact(name: Any) -> str | None:
     if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
         return None
     path = os.path.abspath(os.fspath(name))
-    saver.units.settle(os.path.dirname(path))
-    if path in saver.pretended:
-        _await(path)
+    saver.units.settle(os.path.realpath(os.path.dirname(path)))
     target = os.path.realpath(path)
+    if target in saver.pretended:
+        _await(target)
     versions = journal.read(target)
     damage = journal.check(target, versions)
     if not damage:
@@ -255,12 +255,9 @@ def _patch_system() -> None:
     if saver.settings.save_on == "rank0":
         os.stat = files.stat
         # Written in C, past os.stat, in newer Pythons.
-        os.path.exists = lambda path: _is_pretended(path) or system.exists(path)
-        os.path.isfile = lambda path: _is_pretended(path) or system.isfile(path)
-
-
-def _is_pretended(path: Any) -> bool:
-    return isinstance(path, (str, os.PathLike)) and files.absolute(path) in saver.pretended
+        exists, isfile = os.path.exists, os.path.isfile
+        os.path.exists = lambda path: files.is_pretended(path) or exists(path)
+        os.path.isfile = lambda path: files.is_pretended(path) or isfile(path)
 
 
 def _dump(original: Callable[..., None], keyword: str) -> Callable[..., None]:
@@ -351,9 +348,14 @@ def _rmdir(path: Any, **kwargs: Any) -> None:
     return system.rmdir(path, **kwargs)
 
 
+def _directory(path: Any) -> str | None:
+    name = files.absolute("." if path is None else path)
+    return None if name is None else os.path.realpath(name)
+
+
 def _listdir(path: Any = None) -> Any:
     names = system.listdir(path)
-    name = files.absolute("." if path is None else path)
+    name = _directory(path)
     if name is None or PRIVATE not in names:
         return names
     hidden = saver.units.settle(name)
@@ -361,7 +363,7 @@ def _listdir(path: Any = None) -> Any:
 
 
 def _scandir(path: Any = None) -> Any:
-    name = files.absolute("." if path is None else path)
+    name = _directory(path)
     hidden = saver.units.settle(name) if name is not None else set()
     entries = system.scandir(path)
     # rmtree goes through here: it must see our directory, or it could not delete the one above.

@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import socket
+import stat as stat_module
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,6 @@ remove = os.remove
 rmdir = os.rmdir
 mkdir = os.mkdir
 stat = os.stat
-exists = os.path.exists
-isfile = os.path.isfile
-getsize = os.path.getsize
 copyfile = shutil.copyfile
 move = shutil.move
 
@@ -38,6 +36,27 @@ _SHARING = (5, 32, 33)
 _threads: dict[str, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]
 LOCK_DEADLINE = 60.0
 """Seconds to wait for another process that is putting a file in place."""
+
+
+def _mode(path: str) -> int:
+    try:
+        return stat(path).st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def exists(path: str) -> bool:
+    """As os.path.exists, which asks the os.stat of the moment: the one that we put there sees more."""
+    return _mode(path) != 0
+
+
+def isfile(path: str) -> bool:
+    return stat_module.S_ISREG(_mode(path))
+
+
+def getsize(path: str) -> int:
+    return stat(path).st_size
+
 
 started = time.time()
 """When this process, or the one that it was forked from, began to save: seconds since 1970."""
