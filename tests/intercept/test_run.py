@@ -462,7 +462,7 @@ HELD = """
     import _lastgood_run.system as system
     real, until = system.replace, time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else os.environ["HELD"])
     def held(source, target):
-        if "last.pth" in str(target) and not str(target).endswith(".jsonl") and time.monotonic() < until:
+        if os.path.abspath(str(target)) == os.path.abspath("last.pth") and time.monotonic() < until:
             error = PermissionError(13, "used by another process"); error.winerror = int(os.environ["CODE"])
             raise error
         return real(source, target)

@@ -104,7 +104,7 @@ class _Atomic:
         self.opened_by = threading.current_thread()
         self._before = _being_handled()
         self._temporary = _saver.temporary(path)
-        return Raw(self._temporary, mode="x+" if "+" in mode else "x")
+        return Raw(self._temporary, like=path, mode="x+" if "+" in mode else "x")
 
     @property
     def name(self) -> Any:
@@ -247,20 +247,60 @@ def open(
     ):
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
     name = absolute(file)
-    path = target_of(file) if name is not None and is_checkpoint(name) else None
-    if path is None:
+    if name is None or not is_checkpoint(name):
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
-    if "+" not in mode and _saver.leaves_to_rank_zero(path):
-        _saver.pretend(path, 0)
-        return system.open_file(os.devnull, mode, buffering, encoding, errors, newline)
-    binary = (ReadableBytes if "+" in mode else Bytes)(path, file, buffering if buffering > 1 else 1 << 20)
-    if "b" in mode:
+    path = target_of(file)
+    if path is None:
+        with _saver.reporting(name):
+            return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
+    size = buffering if buffering > 1 else 1 << 20
+    binary: Any
+    if _saver.leaves_to_rank_zero(path):
+        binary = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(Unwritten(path, file), size)
+    else:
+        binary = (ReadableBytes if "+" in mode else Bytes)(path, file, size)
+    if "b" not in mode:
+        binary = (Text if isinstance(binary, _Atomic) else io.TextIOWrapper)(
+            binary, encoding, errors, newline, line_buffering=buffering == 1
+        )
+        binary.mode = mode
+    if isinstance(getattr(binary, "buffer", binary), _Atomic):
         _not_closed.add(binary)
-        return binary
-    text = Text(binary, encoding, errors, newline, line_buffering=buffering == 1)
-    text.mode = mode  # type: ignore[misc]
-    _not_closed.add(text)
-    return text
+    return binary
+
+
+class Unwritten(io.FileIO):
+    """What a rank writes to that leaves the saving to rank 0: nothing is kept but the size. Read, it is empty."""
+
+    def __init__(self, path: str, shown: Any) -> None:
+        super().__init__(os.devnull, "w+")
+        self.name = shown
+        self._path = path
+        self._at = 0
+        self._size = 0
+        _saver.pretend(path, 0)
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self._at += size
+        self._size = max(self._size, self._at)
+        return size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._at if size is None else size
+        return self._size
+
+    def close(self) -> None:
+        if not self.closed and self._path in _saver.pretended:
+            _saver.pretended[self._path] = self._size
+        super().close()
 
 
 class Counting:

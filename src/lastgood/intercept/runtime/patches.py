@@ -87,7 +87,8 @@ def _patch_torch(torch: Any) -> None:
     def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
         path = files.target_of(f)
         if path is None:
-            with files.writing_to(f):
+            name = files.absolute(f)
+            with files.writing_to(f) if name is None else saver.reporting(name):
                 return original_save(obj, f, *args, **kwargs)
         if saver.leaves_to_rank_zero(path):
             sink = files.Counting()
@@ -122,7 +123,8 @@ def _patch_safetensors(module: Any) -> None:
     def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
         path = files.target_of(filename)
         if path is None:
-            return original_save(tensors, filename, *args, **kwargs)
+            with saver.reporting(str(filename)):
+                return original_save(tensors, filename, *args, **kwargs)
         if saver.leaves_to_rank_zero(path):
             saver.pretend(path, sum(t.numel() * t.element_size() for t in tensors.values()))
             return None
@@ -130,6 +132,7 @@ def _patch_safetensors(module: Any) -> None:
         temporary = saver.temporary(path)
         try:
             result = original_save(tensors, temporary, *args, **kwargs)
+            system.copy_owner(path, temporary)
             system.sync_path(temporary)
             size, crc = journal.checksum(temporary)
         except BaseException as error:
@@ -254,6 +257,8 @@ def _patch_system() -> None:
     os.scandir = _scandir
     if saver.settings.save_on == "rank0":
         os.stat = files.stat
+        shutil.copymode = _unless_pretended(system.copymode)
+        shutil.copystat = _unless_pretended(system.copystat)
         # Written in C, past os.stat, in newer Pythons.
         exists, isfile = os.path.exists, os.path.isfile
         os.path.exists = lambda path: files.is_pretended(path) or exists(path)
@@ -286,6 +291,8 @@ def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:
     source, target = files.absolute(src), files.absolute(dst)
     if source is not None and target is not None and os.path.isdir(target):
         target = os.path.join(target, os.path.basename(source))
+        if saver.is_taken(source, target):
+            raise shutil.Error(f"Destination path '{target}' already exists")  # As the original says it.
     if source is None or target is None or not files.is_checkpoint_move(source, target):
         return system.move(src, dst, copy_function)
     saver.move(source, target, lambda: system.replace(source, target), across=True)
@@ -294,9 +301,12 @@ def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:
 
 def _copyfile(src: Any, dst: Any, *, follow_symlinks: bool = True) -> Any:
     source, target = files.absolute(src), files.target_of(dst)
+    if target is not None and files.is_pretended(src):
+        saver.pretend(target, saver.pretended[os.path.realpath(src)])
+        return dst
     if source is None or target is None or not follow_symlinks or not system.isfile(source):
         return system.copyfile(src, dst, follow_symlinks=follow_symlinks)
-    if source in saver.pretended or not files.is_checkpoint(target) or os.path.realpath(source) == target:
+    if not files.is_checkpoint(target) or os.path.realpath(source) == target:
         return system.copyfile(src, dst, follow_symlinks=follow_symlinks)
     if saver.leaves_to_rank_zero(target):
         saver.pretend(target, system.getsize(source))
@@ -306,6 +316,17 @@ def _copyfile(src: Any, dst: Any, *, follow_symlinks: bool = True) -> Any:
         size, crc = raw.size, raw.crc
     saver.put(temporary, target, size, crc, called)
     return dst
+
+
+def _unless_pretended(original: Callable[..., None]) -> Callable[..., None]:
+    """What shutil.copy does to the copy after :func:`_copyfile`: rank 0 does it to the one that is there."""
+
+    def copy(src: Any, dst: Any, **kwargs: Any) -> None:
+        if not files.is_pretended(dst):
+            original(src, dst, **kwargs)
+
+    _dress(copy, original)
+    return copy
 
 
 def _remove(path: Any, **kwargs: Any) -> None:
@@ -332,8 +353,10 @@ def _mkdir(path: Any, mode: int = 0o777, **kwargs: Any) -> None:
         try:
             saver.units.begin(os.path.join(name, ""))
         except OSError:
-            return system.mkdir(path, mode, **kwargs)
-    return system.mkdir(path, mode, **kwargs)
+            pass  # It says itself what is wrong with the directory above.
+    system.mkdir(path, mode, **kwargs)
+    if name is not None:
+        saver.made.add(name)
 
 
 def _rmdir(path: Any, **kwargs: Any) -> None:
