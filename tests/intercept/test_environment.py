@@ -56,6 +56,19 @@ def test_a_sitecustomize_of_the_user_runs_too(tmp_path: Path) -> None:
     assert "the own one ran" in output and os.path.join("own", "sitecustomize.py") in output
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, []), ("", []), (os.pathsep.join(["a", "", "b"]), ["a", "", "b"]), ("a" + os.pathsep, ["a", ""])],
+)
+def test_the_entries_of_pythonpath_stay_as_they_are(before: str | None, after: list[str]) -> None:
+    base = {} if before is None else {"PYTHONPATH": before}
+    first = launch.environment(launch.Settings(), base)
+    again = launch.environment(launch.Settings(), first)
+    assert (
+        first["PYTHONPATH"].split(os.pathsep) == again["PYTHONPATH"].split(os.pathsep) == [str(launch.INJECT), *after]
+    )
+
+
 def test_nothing_is_loaded_before_torch_is(tmp_path: Path) -> None:
     code, output = start(tmp_path, "import sys; print([n for n in sys.modules if n.startswith('_lastgood_run')])")
     assert code == 0
@@ -95,7 +108,13 @@ def test_a_python_that_ignores_us_is_named_and_can_be_fixed(tmp_path: Path) -> N
     assert launch.blind_python([python, "script.py"]) is None
     assert "--install" in (launch.blind_python([python, "-I", "script.py"]) or "")
     assert "ignores PYTHONPATH" in (launch.blind_python([python, "-E", "script.py"]) or "")
-    assert "-S" in (launch.blind_python([python, "-I", "-S", "script.py"]) or "")
+    for flags in (["-X", "utf8", "-I"], ["-W", "ignore", "-I"], ["-uIX", "utf8"], ["-X", "utf8", "-Im"], ["-Ic"]):
+        assert "--install" in (launch.blind_python([python, *flags, "script.py"]) or ""), flags
+    for flags in (["-X", "utf8"], ["-W", "ignore"], ["-m", "venv", "-I"], ["-c", "0", "-I"], ["-WSyntaxWarning"]):
+        assert launch.blind_python([python, *flags, "script.py"]) is None, flags
+    for flags in (["-I", "-S"], ["-S"], ["-uS"]):
+        found = launch.blind_python([python, *flags, "script.py"]) or ""
+        assert "-S" in found and "--install" not in found, flags
     result = CliRunner().invoke(command, ["--install", python])
     assert result.exit_code == 0, result.output
     assert launch.blind_python([python, "-I", "script.py"]) is None
