@@ -123,7 +123,7 @@ def test_a_complete_file_that_could_not_be_put_in_place_survives_the_next_start(
     kept = output.split("The complete new file is ")[1].split(";")[0]
     code, output = start(tmp_path, "import torch; torch.save([2], 'last.pth'); torch.save([2], 'other.pth')")
     assert code == 0, output
-    assert torch.load(kept) == [1]
+    assert torch.load(kept) == [1] and (how == "move" or not kept.endswith(".pth"))
 
 
 def test_a_complete_file_that_is_put_in_place_the_next_time_is_not_kept_twice(tmp_path: Path) -> None:
@@ -205,25 +205,6 @@ def test_ranks_that_leave_the_saving_to_rank_0_write_nothing_and_see_all(tmp_pat
     assert code == 0, output
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*") if path.is_file()}
     assert {name for name in written if ".lastgood" not in name} == {"script.py", "rank_3/state.pt"}, written
-
-
-@posix
-def test_a_copy_of_what_rank_0_saves_is_rank_0s_too(tmp_path: Path) -> None:
-    (tmp_path / "best.pth").write_bytes(b"complete")
-    (tmp_path / "last.pth").write_bytes(b"by rank 0, in this moment")
-    code, output = start(
-        tmp_path,
-        """
-        import os, shutil, torch
-        torch.save([3], "last.pth")
-        shutil.copyfile("last.pth", "best.pth")
-        """,
-        "--save-on",
-        "rank0",
-        RANK="3",
-    )
-    assert code == 0, output
-    assert (tmp_path / "best.pth").read_bytes() == b"complete"
 
 
 @posix

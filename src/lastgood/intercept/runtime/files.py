@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import io
 import os
+import pathlib
 import stat as stat_module
 import sys
 import threading
@@ -22,6 +23,9 @@ from .settings import PRIVATE
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pth.tar", ".pt.tar")
 SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model")
 """Written safely in a directory of checkpoints only: elsewhere they are data, by the hundred thousand."""
+
+_PATH_OPENER = getattr(pathlib.Path, "_opener", None)
+"""Until Python 3.9, pathlib opens files through this, which does what `open` does by itself."""
 
 _saver: Saver
 
@@ -242,7 +246,7 @@ def open(
         or "w" not in mode
         or ("+" in mode and "b" not in mode)
         or buffering == 0
-        or opener is not None
+        or (opener is not None and getattr(opener, "__func__", None) is not _PATH_OPENER)
         or not isinstance(file, (str, os.PathLike))
     ):
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import glob
 import inspect
 import io
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import sys
@@ -24,6 +26,8 @@ _settings: Settings = from_environment()
 _report = Report(_settings.state)
 saver = Saver(_settings, _report)
 _done: set[str] = set()
+_replaced: list[tuple[Any, str, Any]] = []
+"""What was replaced where: the owner, the name, and what was there."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_report.reset)
@@ -37,10 +41,11 @@ class DamagedFileError(RuntimeError):
 def patch(module: ModuleType) -> None:
     """Patch a module that was imported just now; the file functions with the first of them."""
     name = module.__name__
-    if name in _done:
+    if name in _done or "off" in _done:
         return
     _done.add(name)
     if name == "torch" and not _known_torch(module):
+        _switch_off()
         return
     if "os" not in _done:
         _done.add("os")
@@ -71,6 +76,19 @@ def _known_torch(torch: Any) -> bool:
     what = "needs torch 2.0 or newer" if version[:2] in ("0.", "1.") else "does not know this torch"
     _report.say_once("torch", f"{what} (found {version}): saves are NOT made safe in this program")
     return False
+
+
+def _set(owner: Any, name: str, new: Any) -> None:
+    _replaced.append((owner, name, vars(owner)[name]))
+    setattr(owner, name, new)
+
+
+def _switch_off() -> None:
+    """Undo what was replaced for safetensors or another library that came first, and replace nothing more."""
+    _done.add("off")
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        setattr(owner, name, original)
 
 
 def _add_complete(pattern: str) -> None:
@@ -105,8 +123,9 @@ def _patch_torch(torch: Any) -> None:
 
     for patched, original in ((save, original_save), (load, original_load)):
         _dress(patched, original)
-    torch.save = torch.serialization.save = save
-    torch.load = torch.serialization.load = load
+    for owner in (torch, torch.serialization):
+        _set(owner, "save", save)
+        _set(owner, "load", load)
 
 
 def _patch_safetensors(module: Any) -> None:
@@ -116,7 +135,7 @@ def _patch_safetensors(module: Any) -> None:
         def safe_open(filename: Any, *args: Any, **kwargs: Any) -> Any:
             return original_open(_intact(filename) or filename, *args, **kwargs)
 
-        module.safe_open = safe_open
+        _set(module, "safe_open", safe_open)
         return
     original_save, original_load = module.save_file, module.load_file
 
@@ -146,7 +165,8 @@ def _patch_safetensors(module: Any) -> None:
 
     for patched, original in ((save_file, original_save), (load_file, original_load)):
         _dress(patched, original)
-    module.save_file, module.load_file = save_file, load_file
+    _set(module, "save_file", save_file)
+    _set(module, "load_file", load_file)
 
 
 def _dress(patched: Any, original: Any) -> None:
@@ -164,7 +184,7 @@ def _intact(name: Any) -> str | None:
     Raises:
         DamagedFileError: it is not what was saved, and names the newest file that is.
     """
-    if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
+    if "off" in _done or not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
         return None
     path = os.path.abspath(os.fspath(name))
     saver.units.settle(os.path.realpath(os.path.dirname(path)))
@@ -219,7 +239,7 @@ def _patch_trainer(module: Any) -> None:
         return result
 
     _dress(_save_checkpoint, original)
-    module.Trainer._save_checkpoint = _save_checkpoint
+    _set(module.Trainer, "_save_checkpoint", _save_checkpoint)
 
 
 def _patch_lightning(module: Any) -> None:
@@ -234,7 +254,7 @@ def _patch_lightning(module: Any) -> None:
         return result
 
     _dress(save_checkpoint, original)
-    module.Trainer.save_checkpoint = save_checkpoint
+    _set(module.Trainer, "save_checkpoint", save_checkpoint)
 
 
 # The file functions.
@@ -242,27 +262,44 @@ def _patch_lightning(module: Any) -> None:
 
 def _patch_system() -> None:
     files.use(saver)
-    builtins.open = files.open
-    io.open = files.open
-    json.dump = _dump(json.dump, "fp")
-    pickle.dump = _dump(pickle.dump, "file")
-    os.rename = _rename(system.rename)
-    os.replace = _rename(system.replace)
-    shutil.move = _move
-    shutil.copyfile = _copyfile
-    os.remove = os.unlink = _remove
-    os.mkdir = _mkdir
-    os.rmdir = _rmdir
-    os.listdir = _listdir
-    os.scandir = _scandir
+    functions: dict[str, Any] = {
+        "rename": _rename(system.rename),
+        "replace": _rename(system.replace),
+        "remove": _remove,
+        "unlink": _remove,
+        "mkdir": _mkdir,
+        "rmdir": _rmdir,
+        "listdir": _listdir,
+        "scandir": _scandir,
+    }
     if saver.settings.save_on == "rank0":
-        os.stat = files.stat
-        shutil.copymode = _unless_pretended(system.copymode)
-        shutil.copystat = _unless_pretended(system.copystat)
+        functions["stat"] = files.stat
+        _set(shutil, "copymode", _unless_pretended(system.copymode))
+        _set(shutil, "copystat", _unless_pretended(system.copystat))
         # Written in C, past os.stat, in newer Pythons.
         exists, isfile = os.path.exists, os.path.isfile
-        os.path.exists = lambda path: files.is_pretended(path) or exists(path)
-        os.path.isfile = lambda path: files.is_pretended(path) or isfile(path)
+        _set(os.path, "exists", lambda path: files.is_pretended(path) or exists(path))
+        _set(os.path, "isfile", lambda path: files.is_pretended(path) or isfile(path))
+    for name, function in functions.items():
+        _set(os, name, function)
+    _set(builtins, "open", files.open)
+    _set(io, "open", files.open)
+    _set(json, "dump", _dump(json.dump, "fp"))
+    _set(pickle, "dump", _dump(pickle.dump, "file"))
+    _set(shutil, "move", _move)
+    _set(shutil, "copyfile", _copyfile)
+    # These took the functions of os when they were imported: pathlib until 3.10, and glob for pathlib since 3.13.
+    accessor = getattr(pathlib, "_NormalAccessor", None)
+    if accessor is not None:
+        for name in set(functions) & set(vars(accessor)):
+            _set(accessor, name, staticmethod(functions[name]))
+        if vars(accessor)["open"] is system.open_file:
+            _set(accessor, "open", staticmethod(files.open))
+    globber = getattr(glob, "_StringGlobber", None)
+    if globber is not None and "scandir" in vars(globber):
+        _set(globber, "scandir", staticmethod(_scandir))
+    if sys.version_info >= (3, 13):  # It lists through scandir, which shows our directory, and no more through listdir.
+        _set(pathlib.Path, "iterdir", _iterdir(pathlib.Path.iterdir))
 
 
 def _dump(original: Callable[..., None], keyword: str) -> Callable[..., None]:
@@ -383,6 +420,14 @@ def _listdir(path: Any = None) -> Any:
         return names
     hidden = saver.units.settle(name)
     return [entry for entry in system.listdir(path) if entry != PRIVATE and entry not in hidden]
+
+
+def _iterdir(original: Callable[..., Any]) -> Callable[..., Any]:
+    def iterdir(self: Any) -> Any:
+        found = original(self)
+        return (path for path in found if path.name != PRIVATE)
+
+    return iterdir
 
 
 def _scandir(path: Any = None) -> Any:

@@ -165,8 +165,11 @@ class Saver:
             raise
 
     def _keep_aside(self, source: str, target: str, kind: str) -> str:
-        """Give a file that was not put in place a name that nothing deletes but the next of its kind; returns it."""
-        kept = os.path.join(os.path.dirname(target), PRIVATE, kind, os.path.basename(target))
+        """Give a file that was not put in place a name that nothing deletes but the next of its kind; returns it.
+
+        It ends in the kind, so that a program that looks everywhere for `*.pth` does not take it for its own.
+        """
+        kept = os.path.join(os.path.dirname(target), PRIVATE, kind, f"{os.path.basename(target)}.{kind}")
         try:
             os.makedirs(os.path.dirname(kept), exist_ok=True)
             system.replace(source, kept)
