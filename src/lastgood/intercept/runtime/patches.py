@@ -32,6 +32,7 @@ _replaced: list[tuple[Any, str, Any]] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_report.reset)
     os.register_at_fork(after_in_child=saver.units.after_fork)
+    os.register_at_fork(after_in_child=saver.mirror.reset)
 
 
 class DamagedFileError(RuntimeError):

@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import journal, mirror, ranks, system
+from . import journal, ranks, system
+from .mirror import Mirror
 from .report import Report
 from .settings import PRIVATE, Settings
 from .units import Units
@@ -81,6 +82,7 @@ class Saver:
         self.settings = settings
         self.report = report
         self.units = Units(settings, report)
+        self.mirror = Mirror(settings, report)
         self.mine: dict[str, Known] = {}
         """The files that this process saved."""
         self.pretended: dict[str, int] = {}
@@ -252,7 +254,7 @@ class Saver:
                 system.remove(self._unsaved.pop(target))  # It waited for somebody to put it here.
         self.report.saved(size, time.time() - called)
         if self.settings.mirror:
-            mirror.copy(target, self.settings, self.report)
+            self.mirror.copy(target)
         return True
 
     def _sync_above(self, directory: str) -> None:
@@ -419,6 +421,8 @@ class Saver:
             moved = self._put(source, target, size, crc, called, begins=begins, operation=rename, ahead=ahead)
         if self.mine.pop(source, None):
             journal.forget(source)
+            if self.settings.mirror:
+                self.mirror.moved(source)
         return moved
 
     def _move_across(self, source: str, target: str, known: Known | None, called: float, ahead: int | None) -> bool:
