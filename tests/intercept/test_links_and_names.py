@@ -345,6 +345,11 @@ def test_the_names_of_new_directories_are_synced_once(tmp_path: Path) -> None:
         assert synced == ["runs/one/two", "runs/one", "runs", "."], synced
         torch.save([2], "runs/one/two/last.pth")
         assert len(synced) == 5
+        import shutil
+        shutil.rmtree("runs/one/two")
+        os.mkdir("runs/one/two")
+        torch.save([3], "runs/one/two/last.pth")
+        assert synced[5:] == ["runs/one/two", "runs/one"], synced
         """,
     )
     assert code == 0, output

@@ -394,7 +394,7 @@ def _mkdir(path: Any, mode: int = 0o777, **kwargs: Any) -> None:
             pass  # It says itself what is wrong with the directory above.
     system.mkdir(path, mode, **kwargs)
     if name is not None:
-        saver.made.add(name)
+        saver.has_made(name)
 
 
 def _rmdir(path: Any, **kwargs: Any) -> None:

@@ -89,8 +89,7 @@ class Saver:
         """Paths that only look saved to this process, since rank 0 saves for all; and their sizes in bytes."""
         self._rounds: dict[str, tuple[int, float]] = {}
         self._cleared: set[str] = set()
-        self.made: set[str] = set()
-        """Directories that this process made and whose names are not synced."""
+        self._made: set[str] = set()
         self._synced: set[str] = set()
         self._unsaved: dict[str, str] = {}
         """By target, complete files that the system refused to put there."""
@@ -262,12 +261,17 @@ class Saver:
         if directory in self._synced:
             return
         self._synced.add(directory)
+        self._made.discard(directory)
         above = os.path.dirname(directory)
         with contextlib.suppress(OSError):  # Not ours to read: then it was not made by this program, either.
             system.sync_dir(above)
-        self.made.discard(directory)
-        if above in self.made:
+        if above in self._made:
             self._sync_above(above)
+
+    def has_made(self, directory: str) -> None:
+        """The program made a directory: its name is to be synced, once there is something in it."""
+        self._made.add(directory)
+        self._synced.discard(directory)
 
     def _next_round(self, target: str, called: float) -> tuple[int, float]:
         """How often this process has saved `target`, this time included, and when it began the time before."""
@@ -375,7 +379,7 @@ class Saver:
         if source in self.pretended:
             self.pretended[target] = self.pretended.pop(source)
             return False
-        if source == target or not os.path.isdir(os.path.dirname(target)):
+        if source == target or not _takes_files(os.path.dirname(target)):
             with self.reporting(target):
                 rename()  # Changes nothing, or fails as it would have without us.
             return True
@@ -441,7 +445,14 @@ class Saver:
     @contextlib.contextmanager
     def copied(self, source: str, target: str) -> Iterator[tuple[str, Raw]]:
         """A synced copy of `source` under a temporary name beside `target`."""
-        with system.open_file(source, "rb", buffering=0) as reader:
+        try:
+            opened = system.open_file(source, "rb", buffering=0)
+        except FileNotFoundError:
+            raise  # Another rank may have moved it: the caller looks.
+        except OSError as error:
+            self.report.failed(f"{target} was not saved: {error!r}")
+            raise
+        with opened as reader:
             temporary = self.temporary(target)
             try:
                 with Raw(temporary, like=target) as raw:
@@ -487,6 +498,14 @@ def _names_rank(path: str, rank: int) -> bool:
     # The number alone is not enough here: checkpoint-1 is everybody's.
     near = os.sep.join(directory.split(os.sep)[-3:])
     return re.search(rf"(rank|proc|process|worker|shard)[-_.=]?0*{rank}(?!\d)", near, re.IGNORECASE) is not None
+
+
+def _takes_files(directory: str) -> bool:
+    try:
+        system.private(directory)
+    except OSError:
+        return False
+    return True
 
 
 def _same_file_system(source: str, target: str) -> bool:
