@@ -2,7 +2,8 @@
 
     python benchmarks/run_overhead.py [--dir DIR] [--megabytes N] [--repeats N]
 
-All sides write the same state to the same directory, in turns, in one process each, and overwrite it each time. The
+All sides write the same state to the same directory, in turns, in one process each, and overwrite it each time.
+`lastgood run` keeps no earlier version of it here (`--history 0`; by default it keeps one), as the others do not. The
 one "by hand" does what any save must do that leaves the old file or the new one after a power cut: a temporary file, a
 sync, a rename, and a sync of the directory.
 """

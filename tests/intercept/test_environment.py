@@ -56,6 +56,19 @@ def test_a_sitecustomize_of_the_user_runs_too(tmp_path: Path) -> None:
     assert "the own one ran" in output and os.path.join("own", "sitecustomize.py") in output
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, []), ("", []), (os.pathsep.join(["a", "", "b"]), ["a", "", "b"]), ("a" + os.pathsep, ["a", ""])],
+)
+def test_the_entries_of_pythonpath_stay_as_they_are(before: str | None, after: list[str]) -> None:
+    base = {} if before is None else {"PYTHONPATH": before}
+    first = launch.environment(launch.Settings(), base)
+    again = launch.environment(launch.Settings(), first)
+    assert (
+        first["PYTHONPATH"].split(os.pathsep) == again["PYTHONPATH"].split(os.pathsep) == [str(launch.INJECT), *after]
+    )
+
+
 def test_nothing_is_loaded_before_torch_is(tmp_path: Path) -> None:
     code, output = start(tmp_path, "import sys; print([n for n in sys.modules if n.startswith('_lastgood_run')])")
     assert code == 0
@@ -82,6 +95,42 @@ def test_an_unknown_torch_switches_it_off_with_one_warning(tmp_path: Path, versi
     assert not (tmp_path / ".lastgood").exists()
 
 
+@pytest.mark.parametrize(
+    "order", ["torch, safetensors, transformers.trainer", "safetensors, torch, transformers.trainer"]
+)
+def test_an_unknown_torch_switches_off_what_other_libraries_would_bring(tmp_path: Path, order: str) -> None:
+    sources = {
+        "torch": "__version__ = '3.0.0'\ndef save(obj, f): pass\ndef load(f): pass\n",
+        "safetensors": "def safe_open(filename): return filename\n",
+        "transformers": "",
+        "transformers/trainer": "class Trainer:\n  def _save_checkpoint(self): return 'plain'\n",
+    }
+    for name, source in sources.items():
+        path = tmp_path / name / "__init__.py"
+        path.parent.mkdir()
+        path.write_text(source)
+    code, output = start(
+        tmp_path,
+        f"""
+        import builtins, io, json, os, shutil
+        before = [os.rename, os.mkdir, os.listdir, os.stat, open, io.open, json.dump, shutil.move, os.path.exists]
+        import {order}
+        assert before == [
+            os.rename, os.mkdir, os.listdir, os.stat, open, io.open, json.dump, shutil.move, os.path.exists
+        ]
+        with open("last.pth", "wb") as file: file.write(b"1"); assert os.path.exists("last.pth")
+        safetensors.safe_open("last.pth")
+        assert "_lastgood" not in transformers.trainer.Trainer._save_checkpoint.__code__.co_filename
+        assert not hasattr(transformers.trainer.Trainer._save_checkpoint, "__wrapped__")
+        """,
+        "--save-on",
+        "rank0",
+    )
+    assert code == 0, output
+    assert output.count("NOT made safe") == 1
+    assert not (tmp_path / ".lastgood").exists()
+
+
 @pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", 143)])
 @posix
 def test_the_exit_code_is_the_programs(tmp_path: Path, ending: str, code: int) -> None:
@@ -95,7 +144,13 @@ def test_a_python_that_ignores_us_is_named_and_can_be_fixed(tmp_path: Path) -> N
     assert launch.blind_python([python, "script.py"]) is None
     assert "--install" in (launch.blind_python([python, "-I", "script.py"]) or "")
     assert "ignores PYTHONPATH" in (launch.blind_python([python, "-E", "script.py"]) or "")
-    assert "-S" in (launch.blind_python([python, "-I", "-S", "script.py"]) or "")
+    for flags in (["-X", "utf8", "-I"], ["-W", "ignore", "-I"], ["-uIX", "utf8"], ["-X", "utf8", "-Im"], ["-Ic"]):
+        assert "--install" in (launch.blind_python([python, *flags, "script.py"]) or ""), flags
+    for flags in (["-X", "utf8"], ["-W", "ignore"], ["-m", "venv", "-I"], ["-c", "0", "-I"], ["-WSyntaxWarning"]):
+        assert launch.blind_python([python, *flags, "script.py"]) is None, flags
+    for flags in (["-I", "-S"], ["-S"], ["-uS"]):
+        found = launch.blind_python([python, *flags, "script.py"]) or ""
+        assert "-S" in found and "--install" not in found, flags
     result = CliRunner().invoke(command, ["--install", python])
     assert result.exit_code == 0, result.output
     assert launch.blind_python([python, "-I", "script.py"]) is None
@@ -163,6 +218,23 @@ def test_the_runtime_runs_in_other_pythons_without_our_packages(tmp_path: Path, 
             with zipfile.ZipFile("z.npz", "w") as archive: archive.writestr("a", "b")
             os.makedirs("checkpoint-1"); torch.save([1], "checkpoint-1/m.pth")
             assert torch.load("last.pth") == [9]
+            from pathlib import Path
+            Path("sub").mkdir()
+            Path("sub/one.pth").write_bytes(b"1")
+            Path("sub/one.pth").replace("sub/two.pth"); Path("sub/two.pth").rename("sub/three.pth")
+            with Path("sub/four.json").open("w") as file: file.write("4"); assert not os.path.exists("sub/four.json")
+            Path("sub/five.pth").write_text("5"); Path("sub/five.pth").unlink()
+            assert sorted(path.name for path in Path("sub").iterdir()) == ["four.json", "three.pth"]
+            if hasattr(os, "fork"):
+                if os.fork() == 0:
+                    Path("sub/checkpoint-2").mkdir()
+                    torch.save([2], "sub/checkpoint-2/m.pth")
+                    os._exit(9)
+                os.wait()
+                assert os.path.exists("sub/checkpoint-2") and not list(Path("sub").glob("checkpoint-*"))
+            assert sorted(name for name in os.listdir("sub/.lastgood") if name.endswith(".jsonl")) == [
+                "four.json.jsonl", "three.pth.jsonl"
+            ]
             print(sorted(name for name in os.listdir(".lastgood") if name.endswith(".jsonl")))
             """
         )
@@ -177,3 +249,11 @@ def test_the_runtime_runs_in_other_pythons_without_our_packages(tmp_path: Path, 
         return
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['b.pth.jsonl', 'last.pth.jsonl', 'x.json.jsonl', 'z.npz.jsonl']"
+    script.write_text(
+        "import torch\nfrom pathlib import Path\nleft = Path('left.pth')\nleft.write_bytes(b'left')\n"
+        "assert left.exists() and left.is_file() and left.stat().st_size == 4\nleft.unlink()\nassert not left.exists()"
+    )
+    done = subprocess.run(
+        [python, str(script)], cwd=tmp_path, env={**variables, "RANK": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

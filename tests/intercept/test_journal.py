@@ -108,3 +108,13 @@ def test_a_file_that_was_deleted_is_no_damage(saved: Path) -> None:
 def test_a_directory_without_a_journal_is_a_usage_error(tmp_path: Path) -> None:
     result = verify(tmp_path)
     assert result.exit_code == 2 and "saved nothing there" in result.stderr
+
+
+def test_a_directory_above_those_with_journals_is_checked(saved: Path, tmp_path: Path) -> None:
+    result = verify(tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)) == len(FILES) + 1
+    path = saved / "logs" / "训练" / "G_1.pth"
+    path.write_bytes(path.read_bytes()[:-1])
+    result = verify(saved / "logs")
+    assert result.exit_code == 1 and str(path) in result.stdout

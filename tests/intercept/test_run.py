@@ -462,7 +462,7 @@ HELD = """
     import _lastgood_run.system as system
     real, until = system.replace, time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else os.environ["HELD"])
     def held(source, target):
-        if "last.pth" in str(target) and not str(target).endswith(".jsonl") and time.monotonic() < until:
+        if os.path.abspath(str(target)) == os.path.abspath("last.pth") and time.monotonic() < until:
             error = PermissionError(13, "used by another process"); error.winerror = int(os.environ["CODE"])
             raise error
         return real(source, target)
@@ -497,6 +497,36 @@ def test_mirror(tmp_path: Path) -> None:
     code, output = start(tmp_path, "import torch; torch.save([1], 'last.pth')", "--mirror", str(tmp_path / "copies"))
     assert code == 0, output
     assert torch.load(tmp_path / "copies" / "last.pth") == [1]
+
+
+def test_the_mirror_keeps_what_is_newest_under_the_names_that_remain(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, shutil, threading, time, torch
+        import _lastgood_run.mirror as mirror
+        copy, counts = shutil.copyfileobj, []
+        def slow(*arguments):
+            counts.append(threading.active_count())
+            time.sleep(0.5 if len(counts) == 1 else 0.05)  # The first copy takes longer than the later ones.
+            copy(*arguments)
+        shutil.copyfileobj = slow
+        for step in range(9):
+            torch.save([step], "last.pth")
+            torch.save([step], f"{step}.tmp.pth")
+            time.sleep(0.02 * step)
+            os.replace(f"{step}.tmp.pth", "moved.pth")
+        torch.save([9], "at the end.pth")
+        assert max(counts) == 2, counts
+        """,
+        "--mirror",
+        str(tmp_path / "copies"),
+    )
+    assert code == 0, output
+    names = ["at the end.pth", "last.pth", "moved.pth"]
+    assert sorted(path.name for path in (tmp_path / "copies").glob("*.pth")) == names, output
+    assert [torch.load(tmp_path / "copies" / name) for name in names] == [[9], [8], [8]]
+    assert not list((tmp_path / ".lastgood").glob("tmp-*")) and not list((tmp_path / "copies/.lastgood").glob("tmp-*"))
 
 
 def test_the_program_does_not_see_our_directory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def anything() -> click.Path:
 def is_run(path: Path) -> bool:
     """Whether a directory is a run, or a mirror of one, even an empty one."""
     return bool(generation.generations(path) or catalog.entries(path) or generation.highest_note(path))
+
+
+def has_journal(path: Path) -> bool:
+    """Whether ``lastgood run`` saved something in a directory or below it."""
+    return any(JOURNAL in directories for _, directories, _ in os.walk(path))
 
 
 def checkpoint_at(path: Path) -> Entry | None:

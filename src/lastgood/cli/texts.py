@@ -63,7 +63,7 @@ CHINESE: dict[str, str] = {
     "{path} has no manifest: it is what a save left behind that did not finish, not a checkpoint": "{path} 没有清单：这是未完成的保存留下的，不是检查点",
     # verify
     "Check runs, checkpoints and single weights files.": "校验运行目录、检查点和单个权重文件。",
-    "Files are .pth, .pt, .ckpt or .safetensors, and are always read as a whole. A directory in which `lastgood run` kept a journal is compared with that. The exit code is 1 where something is damaged, 2 where a PATH is nothing that can be checked.": "单个文件可以是 .pth、.pt、.ckpt 或 .safetensors，总是完整读取。`lastgood run` 留有日志的目录按日志核对。有损坏时退出码为 1，PATH 不是可校验的内容时为 2。",
+    "Files are .pth, .pt, .ckpt or .safetensors, and are always read as a whole. A directory is compared with the journals that `lastgood run` kept in and below it. The exit code is 1 where something is damaged, 2 where a PATH is nothing that can be checked.": "单个文件可以是 .pth、.pt、.ckpt 或 .safetensors，总是完整读取。目录按 `lastgood run` 在其中及各级子目录里留下的日志核对。有损坏时退出码为 1，PATH 不是可校验的内容时为 2。",
     "Read every byte of checkpoints, not only names, sizes and manifests.": "读取检查点的每个字节，而不只看文件名、大小和清单。",
     "{path} is no run, no checkpoint, no weights file, and `lastgood run` saved nothing there": "{path} 不是运行目录、检查点或权重文件，`lastgood run` 也没有在那里保存过文件",
     "{count} checked, {bad} damaged": "共校验 {count} 个，损坏 {bad} 个",

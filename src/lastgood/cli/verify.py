@@ -46,9 +46,9 @@ class Result:
 def verify(paths: tuple[Path, ...], full: bool, as_json: bool) -> None:
     """Check runs, checkpoints and single weights files.
 
-    Files are .pth, .pt, .ckpt or .safetensors, and are always read as a whole. A directory in which `lastgood run`
-    kept a journal is compared with that. The exit code is 1 where something is damaged, 2 where a PATH is nothing that
-    can be checked.
+    Files are .pth, .pt, .ckpt or .safetensors, and are always read as a whole. A directory is compared with the
+    journals that `lastgood run` kept in and below it. The exit code is 1 where something is damaged, 2 where a PATH is
+    nothing that can be checked.
     """
     for path in paths:
         if _kind(path) is None:
@@ -89,7 +89,7 @@ def _kind(path: Path) -> str | None:
         return "checkpoint"
     if places.is_run(path):
         return "run"
-    return "journal" if disk.exists(path / places.JOURNAL) else None
+    return "journal" if places.has_journal(path) else None
 
 
 def _results(path: Path, full: bool) -> Iterator[Result]:
@@ -101,7 +101,7 @@ def _results(path: Path, full: bool) -> Iterator[Result]:
     elif kind == "run":
         for entry in catalog.entries(path):
             yield _check(entry, full)
-    if disk.is_dir(path) and disk.exists(path / places.JOURNAL):
+    if places.has_journal(path):
         yield from _check_journal(path)
 
 

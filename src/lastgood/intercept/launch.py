@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,9 @@ class Result:
 def environment(settings: Settings, base: dict[str, str] | None = None) -> dict[str, str]:
     """The environment that brings the safety to every Python below."""
     result = dict(os.environ if base is None else base)
-    others = [p for p in result.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(INJECT)]
+    # An empty entry is the working directory; an empty variable has no entries.
+    before = result.get("PYTHONPATH", "")
+    others = [entry for entry in before.split(os.pathsep) if entry != str(INJECT)] if before else []
     result["PYTHONPATH"] = os.pathsep.join([str(INJECT), *others])
     result[INJECT_VARIABLE] = str(INJECT)
     result[VARIABLE] = settings.to_json()
@@ -141,11 +144,7 @@ def blind_python(command: list[str]) -> str | None:
     """Why the Python of a command would ignore us, in a sentence; None when it does not, or is no Python."""
     if not os.path.basename(command[0]).lower().startswith("python"):
         return None
-    flags = []
-    for part in command[1:]:
-        if not part.startswith("-") or part in ("-c", "-m", "-"):
-            break
-        flags.append(part)
+    flags = _flags(command[1:])
     probe = [command[0], *flags, "-c", "import sys; sys.exit(0 if '_lastgood_hook' in sys.modules else 93)"]
     try:
         code = subprocess.run(
@@ -155,12 +154,38 @@ def blind_python(command: list[str]) -> str | None:
         return None  # Whatever is wrong shows when the command itself starts.
     if code != 93:
         return None
+    if any("S" in flag for flag in flags if flag[1:2] not in ("-", "X", "W")):
+        return (
+            f"{command[0]} is started with -S, which switches off every way in: its saves would NOT be made safe. "
+            "Start it without."
+        )
     why = "is started so that it ignores PYTHONPATH"
     if any(Path(shutil.which(command[0]) or command[0]).parent.glob("python*._pth")):
         why = "is an embeddable Python with a ._pth file, which ignores PYTHONPATH"
-    elif any("S" in flag for flag in flags if not flag.startswith("--")):
-        why = "is started with -S, which switches off every way in"
     return f"{command[0]} {why}: its saves would NOT be made safe. Run `lastgood run --install {command[0]}` once."
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    """The options of Python itself in what follows its name: up to the script, -c or -m."""
+    flags: list[str] = []
+    rest = iter(arguments)
+    for part in rest:
+        if part == "-" or not part.startswith("-"):
+            break
+        if part.startswith("--"):
+            flags += [part, *([next(rest, "")] if part == "--check-hash-based-pycs" else [])]
+            continue
+        # Letters may share a dash: -Ic, -uX utf8. The first of these four takes the rest of the word, or the next.
+        letters = re.match(r"-[^cmXW]*", part)
+        end = letters.end() if letters else 0
+        taken = part[end : end + 1]
+        if end > 1:
+            flags.append(part[:end])
+        if taken in ("c", "m"):
+            break
+        if taken:
+            flags.append("-" + taken + (part[end + 1 :] or next(rest, "")))
+    return flags
 
 
 def install(python: str) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import io
 import os
+import pathlib
 import stat as stat_module
+import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +24,9 @@ CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pth.tar", ".pt.
 SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model")
 """Written safely in a directory of checkpoints only: elsewhere they are data, by the hundred thousand."""
 
+_PATH_OPENER = getattr(pathlib.Path, "_opener", None)
+"""Until Python 3.9, pathlib opens files through this, which does what `open` does by itself."""
+
 _saver: Saver
 
 
@@ -28,12 +37,20 @@ def use(saver: Saver) -> None:
 
 
 def absolute(path: Any) -> str | None:
-    """The absolute path; None for bytes and descriptors, which we leave alone."""
+    """The one name of a file by which we know it: links in its directory are followed, a link itself is not.
+
+    None for bytes and descriptors, which we leave alone.
+    """
     try:
         name = os.fspath(path)
     except TypeError:
         return None
-    return os.path.abspath(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    directory, last = os.path.split(name)
+    if last in ("", ".", ".."):
+        return os.path.realpath(name)
+    return os.path.join(os.path.realpath(directory), last)
 
 
 def target_of(path: Any) -> str | None:
@@ -75,7 +92,7 @@ def is_checkpoint_move(source: str, target: str) -> bool:
     """Whether a rename puts a checkpoint in place: a plain file, saved by us or named like one."""
     if source in _saver.pretended or source in _saver.mine:
         return True
-    return is_checkpoint(target) and system.isfile(source) and os.path.isdir(os.path.dirname(target))
+    return is_checkpoint(target) and system.isfile(source) and not os.path.islink(source)
 
 
 class _Atomic:
@@ -87,8 +104,11 @@ class _Atomic:
         self._mode = mode
         self._called = time.time()
         self._failed: BaseException | None = None
+        self._owner = os.getpid()
+        self.opened_by = threading.current_thread()
+        self._before = _being_handled()
         self._temporary = _saver.temporary(path)
-        return Raw(self._temporary, mode="x+" if "+" in mode else "x")
+        return Raw(self._temporary, like=path, mode="x+" if "+" in mode else "x")
 
     @property
     def name(self) -> Any:
@@ -98,9 +118,11 @@ class _Atomic:
     def mode(self) -> str:
         return self._mode
 
-    def fail(self, error: BaseException) -> None:
-        """What was written is not to be kept: the program left the block with an error."""
-        self._failed = error
+    def fail(self, error: BaseException, *, aside: bool = False) -> None:
+        """What was written is not to be put in place, for an error came in between; `aside` keeps it elsewhere."""
+        if self._failed is None:
+            self._failed = error
+            self._aside = aside
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is not None:
@@ -113,20 +135,75 @@ class _Atomic:
             return
         raw: Any = this.raw
         base: Any = super()
+        if self._owner != os.getpid():
+            base.close()  # A forked child's copy: the file is its parent's.
+            return
+        if raw.failed is not None:
+            self.fail(raw.failed)
+        error = sys.exc_info()[1]
+        if error is not None and id(error) not in self._before and not isinstance(error, _CONTROL):
+            # Closed on the way out, as in `finally`, or as numpy closes an npz: that makes it no whole file. Where the
+            # program meant to write so much and no more, it finds it.
+            self.fail(error, aside=True)
         try:
             if self._failed is None:
                 _saver.finish(raw, base)
         except BaseException as error:
-            self._failed = error
+            self.fail(error)
             raise
         finally:
             try:
                 base.close()
             finally:
                 if self._failed is not None:
-                    _saver.abandon(self._temporary, self._path, self._failed)
+                    _saver.abandon(self._temporary, self._path, self._failed, aside=self._aside)
         if self._failed is None:
             _saver.put(self._temporary, self._path, raw.size, raw.crc, self._called)
+
+
+_CONTROL = (StopIteration, StopAsyncIteration, GeneratorExit)
+"""Exceptions that are no errors: a file may well be closed while one is dealt with."""
+
+
+def _being_handled() -> set[int]:
+    """The exceptions that are being dealt with. By number: to hold them would hold all that was going on then."""
+    numbers: set[int] = set()
+    error = sys.exc_info()[1]
+    while error is not None and id(error) not in numbers:
+        numbers.add(id(error))
+        error = error.__context__
+    return numbers
+
+
+_not_closed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Files that the program leaves to the interpreter to close, which does so when we can do nothing any more."""
+    died = getattr(sys, "last_value", None)
+    for file in list(_not_closed):
+        binary = getattr(file, "buffer", file) if not file.closed else None
+        if binary is None:
+            continue
+        if died is not None:
+            binary.fail(died, aside=True)
+        elif binary.opened_by is not threading.current_thread() and binary.opened_by.is_alive():
+            continue  # A daemon thread is in the middle of it.
+        with contextlib.suppress(OSError):  # Reported; and there is nobody left to raise it to.
+            file.close()
+
+
+@contextlib.contextmanager
+def writing_to(file: Any) -> Iterator[None]:
+    """Around a function that writes to an open file: if it fails, the file is not put in place, whoever closes it."""
+    try:
+        yield
+    except BaseException as error:
+        binary = getattr(file, "buffer", file)
+        if isinstance(binary, _Atomic):
+            binary.fail(error)
+        raise
 
 
 class Bytes(_Atomic, io.BufferedWriter):  # type: ignore[misc, override, unused-ignore]
@@ -169,23 +246,65 @@ def open(
         or "w" not in mode
         or ("+" in mode and "b" not in mode)
         or buffering == 0
-        or opener is not None
+        or (opener is not None and getattr(opener, "__func__", None) is not _PATH_OPENER)
         or not isinstance(file, (str, os.PathLike))
     ):
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
     name = absolute(file)
-    path = target_of(file) if name is not None and is_checkpoint(name) else None
-    if path is None:
+    if name is None or not is_checkpoint(name):
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
-    if "+" not in mode and _saver.leaves_to_rank_zero(path):
+    path = target_of(file)
+    if path is None:
+        with _saver.reporting(name):
+            return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
+    size = buffering if buffering > 1 else 1 << 20
+    binary: Any
+    if _saver.leaves_to_rank_zero(path):
+        binary = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(Unwritten(path, file), size)
+    else:
+        binary = (ReadableBytes if "+" in mode else Bytes)(path, file, size)
+    if "b" not in mode:
+        binary = (Text if isinstance(binary, _Atomic) else io.TextIOWrapper)(
+            binary, encoding, errors, newline, line_buffering=buffering == 1
+        )
+        binary.mode = mode
+    if isinstance(getattr(binary, "buffer", binary), _Atomic):
+        _not_closed.add(binary)
+    return binary
+
+
+class Unwritten(io.FileIO):
+    """What a rank writes to that leaves the saving to rank 0: nothing is kept but the size. Read, it is empty."""
+
+    def __init__(self, path: str, shown: Any) -> None:
+        super().__init__(os.devnull, "w+")
+        self.name = shown
+        self._path = path
+        self._at = 0
+        self._size = 0
         _saver.pretend(path, 0)
-        return system.open_file(os.devnull, mode, buffering, encoding, errors, newline)
-    binary = (ReadableBytes if "+" in mode else Bytes)(path, file, buffering if buffering > 1 else 1 << 20)
-    if "b" in mode:
-        return binary
-    text = Text(binary, encoding, errors, newline, line_buffering=buffering == 1)
-    text.mode = mode  # type: ignore[misc]
-    return text
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self._at += size
+        self._size = max(self._size, self._at)
+        return size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._at if size is None else size
+        return self._size
+
+    def close(self) -> None:
+        if not self.closed and self._path in _saver.pretended:
+            _saver.pretended[self._path] = self._size
+        super().close()
 
 
 class Counting:
@@ -208,12 +327,19 @@ def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
     try:
         return system.stat(path, *args, **kwargs)
     except FileNotFoundError:
-        name = absolute(path) if not isinstance(path, int) else None
-        if name is None or name not in _saver.pretended:
+        if not is_pretended(path):
             raise
         now = time.time()
         mode = stat_module.S_IFREG | 0o644
-        return os.stat_result((mode, 0, 0, 1, 0, 0, _saver.pretended[name], int(now), int(now), int(now)))
+        size = _saver.pretended[os.path.realpath(path)]
+        return os.stat_result((mode, 0, 0, 1, 0, 0, size, int(now), int(now), int(now)))
+
+
+def is_pretended(path: Any) -> bool:
+    """Whether rank 0 saves this file in this rank's place."""
+    if not _saver.pretended or not isinstance(path, (str, os.PathLike)):
+        return False
+    return os.path.realpath(path) in _saver.pretended
 
 
 class Entries:

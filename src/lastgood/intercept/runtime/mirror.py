@@ -24,31 +24,90 @@ def _below(path: str, directory: str) -> bool:
     return bool(directory) and os.path.normcase(path).startswith(os.path.join(os.path.normcase(directory), ""))
 
 
-def copy(path: str, settings: Settings, report: Report) -> None:
-    """Start to copy a file that was just put in place. A link holds this version until it is copied."""
-    link = system.temporary(path)
-    try:
-        os.link(path, link)
-    except OSError:
-        link = path  # No hard links here: the copy is of whatever has the name when it is read.
-    # Not a daemon: the interpreter waits for it at the end.
-    threading.Thread(target=_copy, args=(link, path, settings, report), name="lastgood mirror").start()
+class Mirror:
+    """The copies that are still to be made: by one thread, in the order of the saves, the newest of each file only."""
 
+    def __init__(self, settings: Settings, report: Report) -> None:
+        self._settings = settings
+        self._report = report
+        self.reset()
 
-def _copy(link: str, path: str, settings: Settings, report: Report) -> None:
-    target = place(path, settings)
-    try:
+    def reset(self) -> None:
+        """In a forked child: what is to be copied is its parent's affair."""
+        self._lock = threading.Lock()
+        self._links: dict[str, str | None] = {}
+        """What is to be copied, by its path; None where the copy is to go."""
+        self._running = False
+
+    def copy(self, path: str) -> None:
+        """Copy a file that was just put in place. A link holds this version until it is copied."""
+        link = system.temporary(path)
+        try:
+            os.link(path, link)
+        except OSError:
+            link = path  # No hard links here: the copy is of whatever has the name when it is read.
+        self._do(path, link)
+
+    def moved(self, path: str) -> None:
+        """A file that was saved under a temporary name has another now: the copy under the first one goes."""
+        self._do(path, None)
+
+    def _do(self, path: str, link: str | None) -> None:
+        with self._lock:
+            before = self._links.pop(path, None)
+            self._links[path] = link
+            start = not self._running
+            self._running = True
+        _drop(before, path)
+        if start:
+            # Not a daemon: the interpreter waits for it at the end.
+            thread = threading.Thread(target=self._work, name="lastgood mirror")
+            try:
+                thread.start()
+            except RuntimeError:
+                self._work()  # The interpreter is ending, and starts no more threads.
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._links:
+                    self._running = False
+                    return
+                path = next(iter(self._links))
+                link = self._links.pop(path)
+            target = place(path, self._settings)
+            try:
+                if link is not None:
+                    self._copy(link, path, target)
+                elif system.exists(target):
+                    system.remove(target)
+            except OSError as error:
+                mirror = self._settings.mirror
+                self._report.say(f"the copy of {path} in {mirror} failed: {error}. The file itself is saved.")
+            finally:
+                _drop(link, path)
+
+    def _copy(self, link: str, path: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with system.locked(target):
+            if link != path and not _is_same(link, path):
+                return  # Replaced by another process, which makes the copy, or moved or deleted.
             temporary = system.temporary(target)
             with system.open_file(link, "rb") as source, system.open_file(temporary, "xb") as file:
                 shutil.copyfileobj(source, file, 1 << 22)
                 file.flush()
                 system.sync_file(file.fileno())
-            system.patiently(lambda: system.replace(temporary, target), settings.patience, lambda: None)
-    except OSError as error:
-        report.say(f"the copy of {path} in {settings.mirror} failed: {error}. The file itself is saved.")
-    finally:
-        if link != path:
-            with contextlib.suppress(OSError):
-                system.remove(link)
+            system.patiently(lambda: system.replace(temporary, target), self._settings.patience, lambda: None)
+
+
+def _is_same(link: str, path: str) -> bool:
+    try:
+        return os.path.samestat(system.stat(link), system.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _drop(link: str | None, path: str) -> None:
+    if link is not None and link != path:
+        with contextlib.suppress(OSError):
+            system.remove(link)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import glob
 import inspect
 import io
+import json
 import os
+import pathlib
+import pickle
 import shutil
 import sys
 import time
@@ -22,10 +26,13 @@ _settings: Settings = from_environment()
 _report = Report(_settings.state)
 saver = Saver(_settings, _report)
 _done: set[str] = set()
+_replaced: list[tuple[Any, str, Any]] = []
+"""What was replaced where: the owner, the name, and what was there."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_report.reset)
     os.register_at_fork(after_in_child=saver.units.after_fork)
+    os.register_at_fork(after_in_child=saver.mirror.reset)
 
 
 class DamagedFileError(RuntimeError):
@@ -35,10 +42,11 @@ class DamagedFileError(RuntimeError):
 def patch(module: ModuleType) -> None:
     """Patch a module that was imported just now; the file functions with the first of them."""
     name = module.__name__
-    if name in _done:
+    if name in _done or "off" in _done:
         return
     _done.add(name)
     if name == "torch" and not _known_torch(module):
+        _switch_off()
         return
     if "os" not in _done:
         _done.add("os")
@@ -71,6 +79,19 @@ def _known_torch(torch: Any) -> bool:
     return False
 
 
+def _set(owner: Any, name: str, new: Any) -> None:
+    _replaced.append((owner, name, vars(owner)[name]))
+    setattr(owner, name, new)
+
+
+def _switch_off() -> None:
+    """Undo what was replaced for safetensors or another library that came first, and replace nothing more."""
+    _done.add("off")
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        setattr(owner, name, original)
+
+
 def _add_complete(pattern: str) -> None:
     if pattern not in saver.units.patterns:
         saver.units.patterns.append(pattern)
@@ -85,7 +106,9 @@ def _patch_torch(torch: Any) -> None:
     def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
         path = files.target_of(f)
         if path is None:
-            return original_save(obj, f, *args, **kwargs)
+            name = files.absolute(f)
+            with files.writing_to(f) if name is None else saver.reporting(name):
+                return original_save(obj, f, *args, **kwargs)
         if saver.leaves_to_rank_zero(path):
             sink = files.Counting()
             original_save(obj, sink, *args, **kwargs)
@@ -101,8 +124,9 @@ def _patch_torch(torch: Any) -> None:
 
     for patched, original in ((save, original_save), (load, original_load)):
         _dress(patched, original)
-    torch.save = torch.serialization.save = save
-    torch.load = torch.serialization.load = load
+    for owner in (torch, torch.serialization):
+        _set(owner, "save", save)
+        _set(owner, "load", load)
 
 
 def _patch_safetensors(module: Any) -> None:
@@ -112,14 +136,15 @@ def _patch_safetensors(module: Any) -> None:
         def safe_open(filename: Any, *args: Any, **kwargs: Any) -> Any:
             return original_open(_intact(filename) or filename, *args, **kwargs)
 
-        module.safe_open = safe_open
+        _set(module, "safe_open", safe_open)
         return
     original_save, original_load = module.save_file, module.load_file
 
     def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
         path = files.target_of(filename)
         if path is None:
-            return original_save(tensors, filename, *args, **kwargs)
+            with saver.reporting(str(filename)):
+                return original_save(tensors, filename, *args, **kwargs)
         if saver.leaves_to_rank_zero(path):
             saver.pretend(path, sum(t.numel() * t.element_size() for t in tensors.values()))
             return None
@@ -127,6 +152,7 @@ def _patch_safetensors(module: Any) -> None:
         temporary = saver.temporary(path)
         try:
             result = original_save(tensors, temporary, *args, **kwargs)
+            system.copy_owner(path, temporary)
             system.sync_path(temporary)
             size, crc = journal.checksum(temporary)
         except BaseException as error:
@@ -140,7 +166,8 @@ def _patch_safetensors(module: Any) -> None:
 
     for patched, original in ((save_file, original_save), (load_file, original_load)):
         _dress(patched, original)
-    module.save_file, module.load_file = save_file, load_file
+    _set(module, "save_file", save_file)
+    _set(module, "load_file", load_file)
 
 
 def _dress(patched: Any, original: Any) -> None:
@@ -158,13 +185,13 @@ def _intact(name: Any) -> str | None:
     Raises:
         DamagedFileError: it is not what was saved, and names the newest file that is.
     """
-    if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
+    if "off" in _done or not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
         return None
     path = os.path.abspath(os.fspath(name))
-    saver.units.settle(os.path.dirname(path))
-    if path in saver.pretended:
-        _await(path)
+    saver.units.settle(os.path.realpath(os.path.dirname(path)))
     target = os.path.realpath(path)
+    if target in saver.pretended:
+        _await(target)
     versions = journal.read(target)
     damage = journal.check(target, versions)
     if not damage:
@@ -213,7 +240,7 @@ def _patch_trainer(module: Any) -> None:
         return result
 
     _dress(_save_checkpoint, original)
-    module.Trainer._save_checkpoint = _save_checkpoint
+    _set(module.Trainer, "_save_checkpoint", _save_checkpoint)
 
 
 def _patch_lightning(module: Any) -> None:
@@ -228,7 +255,7 @@ def _patch_lightning(module: Any) -> None:
         return result
 
     _dress(save_checkpoint, original)
-    module.Trainer.save_checkpoint = save_checkpoint
+    _set(module.Trainer, "save_checkpoint", save_checkpoint)
 
 
 # The file functions.
@@ -236,26 +263,55 @@ def _patch_lightning(module: Any) -> None:
 
 def _patch_system() -> None:
     files.use(saver)
-    builtins.open = files.open
-    io.open = files.open
-    os.rename = _rename(system.rename)
-    os.replace = _rename(system.replace)
-    shutil.move = _move
-    shutil.copyfile = _copyfile
-    os.remove = os.unlink = _remove
-    os.mkdir = _mkdir
-    os.rmdir = _rmdir
-    os.listdir = _listdir
-    os.scandir = _scandir
+    functions: dict[str, Any] = {
+        "rename": _rename(system.rename),
+        "replace": _rename(system.replace),
+        "remove": _remove,
+        "unlink": _remove,
+        "mkdir": _mkdir,
+        "rmdir": _rmdir,
+        "listdir": _listdir,
+        "scandir": _scandir,
+    }
     if saver.settings.save_on == "rank0":
-        os.stat = files.stat
+        functions["stat"] = files.stat
+        _set(shutil, "copymode", _unless_pretended(system.copymode))
+        _set(shutil, "copystat", _unless_pretended(system.copystat))
         # Written in C, past os.stat, in newer Pythons.
-        os.path.exists = lambda path: _is_pretended(path) or system.exists(path)
-        os.path.isfile = lambda path: _is_pretended(path) or system.isfile(path)
+        exists, isfile = os.path.exists, os.path.isfile
+        _set(os.path, "exists", lambda path: files.is_pretended(path) or exists(path))
+        _set(os.path, "isfile", lambda path: files.is_pretended(path) or isfile(path))
+    for name, function in functions.items():
+        _set(os, name, function)
+    _set(builtins, "open", files.open)
+    _set(io, "open", files.open)
+    _set(json, "dump", _dump(json.dump, "fp"))
+    _set(pickle, "dump", _dump(pickle.dump, "file"))
+    _set(shutil, "move", _move)
+    _set(shutil, "copyfile", _copyfile)
+    # These took the functions of os when they were imported: pathlib until 3.10, and glob for pathlib since 3.13.
+    accessor = getattr(pathlib, "_NormalAccessor", None)
+    if accessor is not None:
+        for name in set(functions) & set(vars(accessor)):
+            _set(accessor, name, staticmethod(functions[name]))
+        if vars(accessor)["open"] is system.open_file:
+            _set(accessor, "open", staticmethod(files.open))
+    globber = getattr(glob, "_StringGlobber", None)
+    if globber is not None and "scandir" in vars(globber):
+        _set(globber, "scandir", staticmethod(_scandir))
+    if sys.version_info >= (3, 13):  # It lists through scandir, which shows our directory, and no more through listdir.
+        _set(pathlib.Path, "iterdir", _iterdir(pathlib.Path.iterdir))
 
 
-def _is_pretended(path: Any) -> bool:
-    return isinstance(path, (str, os.PathLike)) and files.absolute(path) in saver.pretended
+def _dump(original: Callable[..., None], keyword: str) -> Callable[..., None]:
+    """A function that writes to a file, its second argument."""
+
+    def dump(*args: Any, **kwargs: Any) -> None:
+        with files.writing_to(args[1] if len(args) > 1 else kwargs.get(keyword)):
+            original(*args, **kwargs)
+
+    _dress(dump, original)
+    return dump
 
 
 def _rename(original: Callable[..., None]) -> Callable[..., None]:
@@ -273,6 +329,8 @@ def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:
     source, target = files.absolute(src), files.absolute(dst)
     if source is not None and target is not None and os.path.isdir(target):
         target = os.path.join(target, os.path.basename(source))
+        if saver.is_taken(source, target):
+            raise shutil.Error(f"Destination path '{target}' already exists")  # As the original says it.
     if source is None or target is None or not files.is_checkpoint_move(source, target):
         return system.move(src, dst, copy_function)
     saver.move(source, target, lambda: system.replace(source, target), across=True)
@@ -281,9 +339,12 @@ def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:
 
 def _copyfile(src: Any, dst: Any, *, follow_symlinks: bool = True) -> Any:
     source, target = files.absolute(src), files.target_of(dst)
+    if target is not None and files.is_pretended(src):
+        saver.pretend(target, saver.pretended[os.path.realpath(src)])
+        return dst
     if source is None or target is None or not follow_symlinks or not system.isfile(source):
         return system.copyfile(src, dst, follow_symlinks=follow_symlinks)
-    if source in saver.pretended or not files.is_checkpoint(target) or os.path.realpath(source) == target:
+    if not files.is_checkpoint(target) or os.path.realpath(source) == target:
         return system.copyfile(src, dst, follow_symlinks=follow_symlinks)
     if saver.leaves_to_rank_zero(target):
         saver.pretend(target, system.getsize(source))
@@ -293,6 +354,17 @@ def _copyfile(src: Any, dst: Any, *, follow_symlinks: bool = True) -> Any:
         size, crc = raw.size, raw.crc
     saver.put(temporary, target, size, crc, called)
     return dst
+
+
+def _unless_pretended(original: Callable[..., None]) -> Callable[..., None]:
+    """What shutil.copy does to the copy after :func:`_copyfile`: rank 0 does it to the one that is there."""
+
+    def copy(src: Any, dst: Any, **kwargs: Any) -> None:
+        if not files.is_pretended(dst):
+            original(src, dst, **kwargs)
+
+    _dress(copy, original)
+    return copy
 
 
 def _remove(path: Any, **kwargs: Any) -> None:
@@ -319,8 +391,10 @@ def _mkdir(path: Any, mode: int = 0o777, **kwargs: Any) -> None:
         try:
             saver.units.begin(os.path.join(name, ""))
         except OSError:
-            return system.mkdir(path, mode, **kwargs)
-    return system.mkdir(path, mode, **kwargs)
+            pass  # It says itself what is wrong with the directory above.
+    system.mkdir(path, mode, **kwargs)
+    if name is not None:
+        saver.has_made(name)
 
 
 def _rmdir(path: Any, **kwargs: Any) -> None:
@@ -335,17 +409,30 @@ def _rmdir(path: Any, **kwargs: Any) -> None:
     return system.rmdir(path, **kwargs)
 
 
+def _directory(path: Any) -> str | None:
+    name = files.absolute("." if path is None else path)
+    return None if name is None else os.path.realpath(name)
+
+
 def _listdir(path: Any = None) -> Any:
     names = system.listdir(path)
-    name = files.absolute("." if path is None else path)
+    name = _directory(path)
     if name is None or PRIVATE not in names:
         return names
     hidden = saver.units.settle(name)
     return [entry for entry in system.listdir(path) if entry != PRIVATE and entry not in hidden]
 
 
+def _iterdir(original: Callable[..., Any]) -> Callable[..., Any]:
+    def iterdir(self: Any) -> Any:
+        found = original(self)
+        return (path for path in found if path.name != PRIVATE)
+
+    return iterdir
+
+
 def _scandir(path: Any = None) -> Any:
-    name = files.absolute("." if path is None else path)
+    name = _directory(path)
     hidden = saver.units.settle(name) if name is not None else set()
     entries = system.scandir(path)
     # rmtree goes through here: it must see our directory, or it could not delete the one above.

@@ -13,9 +13,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import journal, mirror, ranks, system
+from . import journal, ranks, system
+from .mirror import Mirror
 from .report import Report
-from .settings import Settings
+from .settings import PRIVATE, Settings
 from .units import Units
 
 SYNC_AHEAD = 64 << 20
@@ -37,13 +38,23 @@ class Known(NamedTuple):
 class Raw(io.FileIO):
     """The temporary file: counts and checksums what is written from front to back."""
 
-    def __init__(self, path: str, *, checksum: bool = True, mode: str = "x") -> None:
+    def __init__(self, path: str, *, like: str, checksum: bool = True, mode: str = "x") -> None:
         super().__init__(path, mode)  # FileIO is always binary and unbuffered.
+        system.copy_owner(like, path)  # Before there is anything in it that others are not to read.
         self.crc: int | None = 0 if checksum else None
         self.size = 0
+        self.failed: BaseException | None = None
+        """Why some of what was to be written is not there, or there twice: a later write does not make that good."""
         self._ahead = 0
 
     def write(self, data: Any) -> int:
+        try:
+            return self._write(data)
+        except BaseException as error:
+            self.failed = error
+            raise
+
+    def _write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if self.crc is not None and self.tell() != self.size:
             self.crc = None  # The writer went back (a zip file does): the file is read once more at the end.
@@ -71,12 +82,17 @@ class Saver:
         self.settings = settings
         self.report = report
         self.units = Units(settings, report)
+        self.mirror = Mirror(settings, report)
         self.mine: dict[str, Known] = {}
         """The files that this process saved."""
         self.pretended: dict[str, int] = {}
         """Paths that only look saved to this process, since rank 0 saves for all; and their sizes in bytes."""
         self._rounds: dict[str, tuple[int, float]] = {}
         self._cleared: set[str] = set()
+        self._made: set[str] = set()
+        self._synced: set[str] = set()
+        self._unsaved: dict[str, str] = {}
+        """By target, complete files that the system refused to put there."""
 
     # Who writes.
 
@@ -102,7 +118,7 @@ class Saver:
         called = time.time()
         temporary = self.temporary(path)
         try:
-            raw = Raw(temporary, checksum=False)
+            raw = Raw(temporary, like=path, checksum=False)
             with io.BufferedWriter(raw, 1 << 20) as file:
                 yield file
                 self.finish(raw, file)
@@ -129,15 +145,50 @@ class Saver:
             raw.crc = None  # Written around us through the descriptor, as numpy's tofile does.
             raw.size = size
 
-    def abandon(self, temporary: str, path: str, error: BaseException) -> None:
-        with contextlib.suppress(OSError):
-            system.remove(temporary)
+    def abandon(self, temporary: str, path: str, error: BaseException, *, aside: bool = False) -> None:
+        """Drop what was to be saved under the name `path`, or keep it `aside`."""
+        more = ""
+        if aside:
+            more = f"what was written until then is in {self._keep_aside(temporary, path, 'partial')}; "
+        else:
+            with contextlib.suppress(OSError):
+                system.remove(temporary)
         if not isinstance(error, GeneratorExit):
-            self.report.failed(f"{path} was not saved: {error!r}; what had this name before is unchanged")
+            self.report.failed(f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
+
+    @contextlib.contextmanager
+    def reporting(self, path: str) -> Iterator[None]:
+        """Around what is done in our place to save `path`: where that fails, the program's last save failed."""
+        try:
+            yield
+        except Exception as error:
+            self.report.failed(f"{path} was not saved: {error!r}")
+            raise
+
+    def _keep_aside(self, source: str, target: str, kind: str) -> str:
+        """Give a file that was not put in place a name that nothing deletes but the next of its kind; returns it.
+
+        It ends in the kind, so that a program that looks everywhere for `*.pth` does not take it for its own.
+        """
+        kept = os.path.join(os.path.dirname(target), PRIVATE, kind, f"{os.path.basename(target)}.{kind}")
+        try:
+            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            system.replace(source, kept)
+        except OSError:
+            return source
+        return kept
 
     # Putting in place.
 
-    def put(
+    def put(self, source: str, target: str, size: int, crc: int | None, called: float, *, begins: int = 0) -> bool:
+        """As :meth:`_put`, for a source that no other rank knows: where it is gone, the save failed."""
+        try:
+            return self._put(source, target, size, crc, called, begins=begins)
+        except FileNotFoundError as error:
+            self.report.failed(f"{target} was not saved: {error!r}")
+            raise
+
+    def _put(
         self,
         source: str,
         target: str,
@@ -187,6 +238,7 @@ class Saver:
                     operation or (lambda: system.replace(source, target)), self.settings.patience, self._count_retry
                 )
                 system.sync_dir(os.path.dirname(target))
+                self._sync_above(os.path.dirname(target))
                 # The next save writes down that it is gone: a second line for each save would cost more than the rest.
                 self._without_oldest(target, versions)
                 self.units.saved(target)
@@ -196,10 +248,30 @@ class Saver:
             raise self._refused(source, target, error) from error
         self.mine[target] = Known(size, crc, inode, called, begins)
         self.pretended.pop(target, None)
+        if target in self._unsaved:
+            with contextlib.suppress(OSError):
+                system.remove(self._unsaved.pop(target))  # It waited for somebody to put it here.
         self.report.saved(size, time.time() - called)
         if self.settings.mirror:
-            mirror.copy(target, self.settings, self.report)
+            self.mirror.copy(target)
         return True
+
+    def _sync_above(self, directory: str) -> None:
+        """Make the name of a directory durable, and those of the directories above that this process made with it."""
+        if directory in self._synced:
+            return
+        self._synced.add(directory)
+        self._made.discard(directory)
+        above = os.path.dirname(directory)
+        with contextlib.suppress(OSError):  # Not ours to read: then it was not made by this program, either.
+            system.sync_dir(above)
+        if above in self._made:
+            self._sync_above(above)
+
+    def has_made(self, directory: str) -> None:
+        """The program made a directory: its name is to be synced, once there is something in it."""
+        self._made.add(directory)
+        self._synced.discard(directory)
 
     def _next_round(self, target: str, called: float) -> tuple[int, float]:
         """How often this process has saved `target`, this time included, and when it began the time before."""
@@ -242,6 +314,9 @@ class Saver:
         self.report.add(retries=1)
 
     def _refused(self, source: str, target: str, error: OSError) -> OSError:
+        if os.path.basename(os.path.dirname(source)) == PRIVATE:
+            # A temporary name, which the next start would clear away.
+            source = self._unsaved[target] = self._keep_aside(source, target, "unsaved")
         message = (
             f"{target} could not be replaced: {error.strerror or error}. The complete new file is {source}; the "
             f"old one is unchanged. Close the program that has {os.path.basename(target)} open, then rename it by hand"
@@ -304,39 +379,55 @@ class Saver:
         if source in self.pretended:
             self.pretended[target] = self.pretended.pop(source)
             return False
-        # Other ranks may save under the same temporary name: what we saved must not change while we move it.
-        with system.locked(source) if source in self.mine else contextlib.nullcontext():
-            if not system.exists(source):
-                return self._moved_by_another(source, target, rename)
-            if self.leaves_to_rank_zero(target):
-                self.pretend(target, system.getsize(source))
-                system.remove(source)
-                return False
-            known = self.mine.get(source)
-            ahead = None
-            if known is not None:
-                there = self._what_lies(source)
-                if there is not None and there.rank == 0:
-                    ahead = max(0, there.round - self._rounds[source][0])
-                # The checksum, since the number of a file that was deleted is given to a new one.
-                if there is None or (there.inode, there.crc32) != (known.inode, known.crc32):
-                    if self._was_moved_for_rank_zero(target, known.time):
-                        # What lies there is from a rank that is late, which will find that it is: it is not for us.
-                        del self.mine[source]
-                        self._next_round(target, called)
-                        self.report.add(collisions=1)
-                        return False
-                    known = None
-            if across and not _same_file_system(source, target):
-                moved = self._move_across(source, target, known, called, ahead)
-            else:
-                if known is None:
-                    system.sync_path(source)
-                size, crc, begins = (known.size, known.crc32, known.begins) if known else (0, None, 0)
-                moved = self.put(source, target, size, crc, called, begins=begins, operation=rename, ahead=ahead)
-            if self.mine.pop(source, None):
-                journal.forget(source)
-            return moved
+        if source == target or not _takes_files(os.path.dirname(target)):
+            with self.reporting(target):
+                rename()  # Changes nothing, or fails as it would have without us.
+            return True
+        try:
+            # Other ranks may save under the same temporary name: what we saved must not change while we move it.
+            with system.locked(source, target) if source in self.mine else contextlib.nullcontext():
+                return self._move(source, target, rename, called, across)
+        except FileNotFoundError as error:
+            # Where it is gone, another rank may have moved it, with the lock or, after a deadline, without.
+            if system.exists(source):
+                self.report.failed(f"{target} was not saved: {error!r}")
+                raise
+            return self._moved_by_another(source, target, rename)
+
+    def _move(self, source: str, target: str, rename: Callable[[], Any], called: float, across: bool) -> bool:
+        if not system.exists(source):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+        if self.leaves_to_rank_zero(target):
+            self.pretend(target, system.getsize(source))
+            system.remove(source)
+            return False
+        known = self.mine.get(source)
+        ahead = None
+        if known is not None:
+            there = self._what_lies(source)
+            if there is not None and there.rank == 0:
+                ahead = max(0, there.round - self._rounds[source][0])
+            # The checksum, since the number of a file that was deleted is given to a new one.
+            if there is None or (there.inode, there.crc32) != (known.inode, known.crc32):
+                if self._was_moved_for_rank_zero(target, known.time):
+                    # What lies there is from a rank that is late, which will find that it is: it is not for us.
+                    del self.mine[source]
+                    self._next_round(target, called)
+                    self.report.add(collisions=1)
+                    return False
+                known = None
+        if across and not _same_file_system(source, target):
+            moved = self._move_across(source, target, known, called, ahead)
+        else:
+            if known is None:
+                system.sync_path(source)
+            size, crc, begins = (known.size, known.crc32, known.begins) if known else (0, None, 0)
+            moved = self._put(source, target, size, crc, called, begins=begins, operation=rename, ahead=ahead)
+        if self.mine.pop(source, None):
+            journal.forget(source)
+            if self.settings.mirror:
+                self.mirror.moved(source)
+        return moved
 
     def _move_across(self, source: str, target: str, known: Known | None, called: float, ahead: int | None) -> bool:
         with self.copied(source, target) as (temporary, raw):
@@ -345,26 +436,44 @@ class Saver:
                 raise OSError(
                     errno.EIO, f"the copy of {source} for {target} differs from what was saved; both are kept"
                 )
-        moved = self.put(temporary, target, raw.size, raw.crc, called, ahead=ahead)
-        system.patiently(lambda: system.remove(source), self.settings.patience, self._count_retry)
+            system.copystat(source, temporary)  # A move changes neither permissions nor times.
+        moved = self._put(temporary, target, raw.size, raw.crc, called, ahead=ahead)
+        with contextlib.suppress(FileNotFoundError):  # Another rank that moved it too was faster, after a deadline.
+            system.patiently(lambda: system.remove(source), self.settings.patience, self._count_retry)
         return moved
 
     @contextlib.contextmanager
     def copied(self, source: str, target: str) -> Iterator[tuple[str, Raw]]:
         """A synced copy of `source` under a temporary name beside `target`."""
-        temporary = self.temporary(target)
         try:
-            with system.open_file(source, "rb", buffering=0) as reader, Raw(temporary) as raw:
-                while True:
-                    block = reader.read(1 << 22)
-                    if not block:
-                        break
-                    raw.write(block)
-                self.finish(raw, raw)
-            yield temporary, raw
-        except BaseException as error:
-            self.abandon(temporary, target, error)
+            opened = system.open_file(source, "rb", buffering=0)
+        except FileNotFoundError:
+            raise  # Another rank may have moved it: the caller looks.
+        except OSError as error:
+            self.report.failed(f"{target} was not saved: {error!r}")
             raise
+        with opened as reader:
+            temporary = self.temporary(target)
+            try:
+                with Raw(temporary, like=target) as raw:
+                    while True:
+                        block = reader.read(1 << 22)
+                        if not block:
+                            break
+                        raw.write(block)
+                    self.finish(raw, raw)
+                yield temporary, raw
+            except BaseException as error:
+                self.abandon(temporary, target, error)
+                raise
+
+    def is_taken(self, source: str, target: str) -> bool:
+        """Whether there was a `target` before this one, which is not to be replaced; another rank's is the same one."""
+        if source in self.pretended or self.leaves_to_rank_zero(target):
+            return target in self.pretended
+        newest = journal.read(target)[-1:]
+        by_another = target not in self.mine and bool(newest) and newest[0].run == self.settings.run
+        return system.exists(target) and not by_another
 
     def _moved_by_another(self, source: str, target: str, rename: Callable[[], Any]) -> bool:
         """The source is gone. Where both ranks saved one temporary name, the other has moved it: to the same place."""
@@ -377,12 +486,26 @@ class Saver:
                     self._next_round(target, time.time())
                     self.report.add(collisions=1)
                     return False
-        rename()  # Fails as it would have without us.
+        with self.reporting(target):
+            rename()  # Fails as it would have without us.
         return True
 
 
 def _names_rank(path: str, rank: int) -> bool:
-    return re.search(rf"(?<!\d)0*{rank}(?!\d)", os.path.basename(path)) is not None
+    directory, name = os.path.split(path)
+    if re.search(rf"(?<!\d)0*{rank}(?!\d)", name):
+        return True
+    # The number alone is not enough here: checkpoint-1 is everybody's.
+    near = os.sep.join(directory.split(os.sep)[-3:])
+    return re.search(rf"(rank|proc|process|worker|shard)[-_.=]?0*{rank}(?!\d)", near, re.IGNORECASE) is not None
+
+
+def _takes_files(directory: str) -> bool:
+    try:
+        system.private(directory)
+    except OSError:
+        return False
+    return True
 
 
 def _same_file_system(source: str, target: str) -> bool:

@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import socket
+import stat as stat_module
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +27,9 @@ remove = os.remove
 rmdir = os.rmdir
 mkdir = os.mkdir
 stat = os.stat
-exists = os.path.exists
-isfile = os.path.isfile
-getsize = os.path.getsize
 copyfile = shutil.copyfile
+copymode = shutil.copymode
+copystat = shutil.copystat
 move = shutil.move
 
 WINDOWS = os.name == "nt"
@@ -38,6 +38,27 @@ _SHARING = (5, 32, 33)
 _threads: dict[str, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]
 LOCK_DEADLINE = 60.0
 """Seconds to wait for another process that is putting a file in place."""
+
+
+def _mode(path: str) -> int:
+    try:
+        return stat(path).st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def exists(path: str) -> bool:
+    """As os.path.exists, which asks the os.stat of the moment: the one that we put there sees more."""
+    return _mode(path) != 0
+
+
+def isfile(path: str) -> bool:
+    return stat_module.S_ISREG(_mode(path))
+
+
+def getsize(path: str) -> int:
+    return stat(path).st_size
+
 
 started = time.time()
 """When this process, or the one that it was forked from, began to save: seconds since 1970."""
@@ -128,6 +149,20 @@ def private(directory: str) -> str:
     return path
 
 
+def copy_owner(like: str, path: str) -> None:
+    """Give a new file the permissions and the owner of the one that it will replace, if there is one."""
+    try:
+        status = stat(like)
+    except OSError:
+        return
+    if WINDOWS:
+        return  # All that os.chmod knows there is read-only, and such a file could not be replaced.
+    with contextlib.suppress(OSError):  # Some network drives know no permissions, and only root gives files away.
+        os.chmod(path, stat_module.S_IMODE(status.st_mode))
+        if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            os.chown(path, status.st_uid, status.st_gid)
+
+
 def temporary(target: str) -> str:
     """A name on the target's file system that no other process uses and no pattern of the program matches."""
     global temporary_count
@@ -185,15 +220,27 @@ def clear_leftovers(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(target: str) -> Iterator[None]:
+def locked(*targets: str) -> Iterator[None]:
+    """Only one process at a time does something with these files; in an order that is the same for all."""
+    with contextlib.ExitStack() as stack:
+        for path in sorted({_lock_path(target) for target in targets}):
+            stack.enter_context(_locked(path))
+        yield
+
+
+def _lock_path(target: str) -> str:
+    # Sixteen lock files for a directory: one for each target would litter where names carry the time.
+    slot = hashlib.md5(os.path.basename(target).encode("utf-8", "surrogateescape")).hexdigest()[0]
+    return os.path.join(private(os.path.dirname(target)), f"lock-{slot}")
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
     """Only one process, and one of its threads, at a time. Held by the system: it ends with the process.
 
     Where the file system has no locks, or the other holds on past the deadline, we go on without: temporary names are
     unique, so that what results is one whole file even then.
     """
-    # Sixteen lock files for a directory: one for each target would litter where names carry the time.
-    slot = hashlib.md5(os.path.basename(target).encode("utf-8", "surrogateescape")).hexdigest()[0]
-    path = os.path.join(private(os.path.dirname(target)), f"lock-{slot}")
     thread_lock = _threads.setdefault(path, threading.RLock())
     with thread_lock:
         if getattr(_holding, "paths", None) is None:

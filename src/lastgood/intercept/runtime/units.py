@@ -122,7 +122,7 @@ class Units:
 
     def framework_tells(self, directory: str) -> None:
         """A framework says itself when a checkpoint in `directory` is finished: see :meth:`finished`."""
-        self._told_by_framework.add(directory)
+        self._told_by_framework.add(os.path.realpath(directory))
 
     def finished(self) -> None:
         """All directories that this process was writing are complete."""
