@@ -12,11 +12,9 @@ from typing import Any
 
 from . import system
 from .saving import Raw, Saver
-from .settings import PRIVATE
+from .settings import PRIVATE, SIDE_FILES
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pth.tar", ".pt.tar")
-SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model")
-"""Written safely in a directory of checkpoints only: elsewhere they are data, by the hundred thousand."""
 
 _saver: Saver
 
