@@ -239,6 +239,36 @@ def test_a_directory_that_is_overwritten_in_place_gets_its_files_back(tmp_path: 
         assert (tmp_path / "checkpoint-latest" / "notes.json").read_text() == f"[{rounds - 1}]"
 
 
+@posix
+@pytest.mark.parametrize("killed_at", ["first", "second"])
+def test_a_directory_that_two_ranks_overwrite_in_place_gets_its_files_back(tmp_path: Path, killed_at: str) -> None:
+    """They wait for each other before each save, and rank 1 is faster."""
+    code, output = run(
+        tmp_path,
+        f"""
+        os.makedirs("checkpoint-latest")
+        (turn, tell), (back, answer) = os.pipe(), os.pipe()
+        other = os.fork()
+        for step in range(1, 5):
+            if other == 0:
+                part("rng_1", step, "checkpoint-latest")
+                os.write(tell, b"x"), os.read(back, 1)
+                continue
+            os.read(turn, 1)
+            if step == 4 and {killed_at!r} == "first": break
+            part("model", step, "checkpoint-latest")
+            if step == 4: break
+            part("optimizer", step, "checkpoint-latest")
+            os.write(answer, b"x")
+        os.kill(other, 9), kill()
+        """,
+    )
+    assert code == KILLED, output
+    output = listed(tmp_path)
+    found = {path.name: torch.load(path) for path in (tmp_path / "checkpoint-latest").glob("*.pth")}
+    assert found == {"model.pth": [3], "optimizer.pth": [3], "rng_1.pth": [3]}, output
+
+
 # Pairs.
 
 

@@ -51,6 +51,8 @@ class Mark:
     """What this process knows of a checkpoint that it is writing, beside what the file says."""
 
     content: dict[str, Any]
+    before: list[str]
+    """The marks of other ranks for the save before this one."""
     outdated: list[str]
     """The marks of dead writers of the same checkpoint, which could not be set aside and is written anew."""
     saved: list[str]
@@ -71,6 +73,8 @@ class Units:
         self._settings = settings
         self._report = report
         self._open: dict[str, Mark] = {}
+        self._rounds: dict[str, int] = {}
+        """By mark: how often this process has begun to write the checkpoint."""
         self._left: dict[str, list[str]] = {}
         """By the mark that there would be: files of a group that rank 0 has put in place for this rank."""
         self._writing: dict[str, str] = {}
@@ -151,11 +155,15 @@ class Units:
                 self._end_directories(unit.directory)
             mark = self._open[marker] = self._new(unit, marker)
             self._write(marker)
-        if self._frameworks:
+            for path in mark.before:
+                with contextlib.suppress(OSError):  # That rank has removed it by now.
+                    system.remove(path)
+        if self._frameworks and not unit.group:
             mark.told = True
             self._frameworks[-1].add(marker)
 
     def _new(self, unit: Unit, marker: str) -> Mark:
+        self._rounds[marker] = self._rounds.get(marker, 0) + 1
         content: dict[str, Any] = {
             "run": self._settings.run,
             "host": socket.gethostname(),
@@ -164,19 +172,24 @@ class Units:
             "directory": unit.directory,
             "names": unit.names,
             "group": unit.group,
+            "round": self._rounds[marker],
             "began": time.time(),
             "there": unfinished.files_of(unit.directory, unit.names),
         }
-        outdated = []
+        before, outdated = [], []
         for path, other in unfinished.marks(unit.directory, os.path.basename(marker).rsplit("-", 1)[0]):
             if other["host"] != content["host"]:
+                continue
+            if not unit.group and other["run"] == content["run"] and other.get("round", 0) < content["round"]:
+                # Another rank's, of the save before: this one would not have begun the next if it had not ended.
+                before.append(path)
                 continue
             # Another rank is writing it, or a dead process was: what these have put in place was never complete.
             content["began"] = min(content["began"], other["began"])
             content["there"] = [name for name in content["there"] if name in other.get("there", [])]
             if path != marker and not unfinished.lives(other):
                 outdated.append(path)
-        return Mark(content, outdated, self._left.pop(marker, []))
+        return Mark(content, before, outdated, self._left.pop(marker, []))
 
     def _begins_anew(self, mark: Mark, target: str) -> bool:
         """Whether the program, which saves a file of a directory for the second time, overwrites the whole directory.
@@ -256,6 +269,7 @@ class Units:
     def after_fork(self) -> None:
         """A child writes checkpoints of its own, if any."""
         self._open = {}
+        self._rounds = {}
         self._left = {}
         self._writing = {}
         self._frameworks = []
