@@ -72,11 +72,30 @@ CAMPAIGNS: dict[str, Campaign] = {
         program="sovits.py",
         suffix="-by-step",
         quick=9,
-        options=("--by-step",),
+        options=("--variable", "BY_STEP=1"),
         run=("--preset", "gpt-sovits"),
         torn={"across": True},
     ),
+    **_both(
+        "GPT-SoVITS, latest, saved by 2 ranks",
+        program="sovits.py",
+        suffix="-2",
+        ranks=2,
+        quick=61,
+        full=7,
+        run=("--preset", "gpt-sovits"),
+        torn={"quick": 31, "full": 5, "across": True},
+    ),
     **_both("Hugging Face Trainer", program="hf.py", quick=29, preload=HUGGING_FACE),
+    **_both(
+        "Hugging Face Trainer, save_total_limit=1",
+        program="hf.py",
+        suffix="-limit-1",
+        quick=43,
+        preload=HUGGING_FACE,
+        options=("--variable", "LIMIT=1"),
+        torn={"quick": 31},
+    ),
     **_both(
         "Hugging Face Trainer, 2 ranks",
         program="hf.py",
@@ -141,6 +160,7 @@ def lost(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         and (
             any(result["resume_codes"])
             or int(result["resumed"] or -1) < int(result["saved"] or 0)
+            or not result["ended"]
             or result["ended"] != result["expected"]
         )
     ]

@@ -137,15 +137,16 @@ class Work:
         self.path = tempfile.mkdtemp(prefix="point-", dir=options.work)
         self.cwd = tempfile.mkdtemp(prefix="cwd-", dir=options.cwd) if options.cwd else self.path
         self._variables = {"OUT": self.path, **{name: f"{self.path}/{name}" for name in ("ACK", "RESUMED", "ENDED")}}
-        if options.by_step:
-            self._variables["BY_STEP"] = "1"
+        self._variables.update(pair.split("=", 1) for pair in options.variable)
 
-    def run(self, *, victim: int = -1, killer: Killer | None = None, **variables: str) -> list[int]:
+    def run(
+        self, *, ranks: int | None = None, victim: int = -1, killer: Killer | None = None, **variables: str
+    ) -> list[int]:
         """The wait statuses of all ranks."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             variables.update(self._variables, MASTER_PORT=str(free.getsockname()[1]))
-        ranks = self.options.ranks
+        ranks = ranks or self.options.ranks
         program = self.options.program
         pids = [
             child(program, self.cwd, rank, ranks, killer if rank == victim else None, variables)
@@ -166,9 +167,11 @@ def undisturbed_end(options: argparse.Namespace, step: str, known: dict[str, str
     """What the program ends with when it resumes from a step after which it was killed, but not while it saved."""
     if step not in known:
         work = Work(options)
+        # Where ranks do not wait for each other, another may be ahead of the one that ends after this step.
+        ranks = 1 if options.until > 1 else options.ranks
         if int(step):
-            work.run(END_AFTER=step)
-        work.run(RESUME_ONLY="1")
+            work.run(ranks=ranks, END_AFTER=step)
+        work.run(ranks=ranks, RESUME_ONLY="1")
         assert work.last("RESUMED") == step, (step, work.last("RESUMED"))
         known[step] = work.last("ENDED")
         work.remove()
@@ -207,7 +210,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--cwd")
-    parser.add_argument("--by-step", action="store_true")
+    parser.add_argument("--variable", action="append", default=[], metavar="NAME=VALUE", help="for the program")
     parser.add_argument("--preload", default="torch")
     parser.add_argument("--until", type=int, default=1, help="ends when each rank came through unharmed so often")
     options = parser.parse_args()

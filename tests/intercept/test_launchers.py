@@ -144,6 +144,66 @@ def test_a_directory_is_finished_when_all_ranks_of_the_trainer_have_written(tmp_
     assert code == 0 and "[]" in output and "not completely written" in output, output
 
 
+ROTATION = """
+    import os, shutil, sys, torch
+    import transformers.trainer as trainer
+    from transformers.trainer import Trainer
+
+    def kill_when_deleting(event, arguments):
+        name = str(arguments[0]) if arguments else ""
+        if event in ("os.remove", "os.rmdir") and int(os.environ["KILL_AT"]) == step and "pth" in name:
+            kills.append(name)
+            if len(kills) == 2: os.kill(os.getpid(), 9)     # One of its two files is gone.
+    kills = []
+    sys.addaudithook(kill_when_deleting)
+    limit = int(os.environ["LIMIT"])
+    for step in range(1, limit + 3):
+        Trainer()._save_checkpoint(step)
+"""
+
+
+@pytest.mark.parametrize("how", ["method", "function"])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_trainer_killed_while_it_deletes_an_earlier_checkpoint(tmp_path: Path, limit: int, how: str) -> None:
+    """The newest is finished before, and of the one that is half deleted nothing is seen."""
+    names = {"method": ("delete", "self._rotate_checkpoints"), "function": ("rotate_checkpoints", "rotate_checkpoints")}
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("")
+    (tmp_path / "transformers" / "trainer.py").write_text(
+        textwrap.dedent(
+            """
+            import glob, os, shutil, torch
+            def FUNCTION():
+                for old in sorted(glob.glob("out/checkpoint-*"))[:-int(os.environ["LIMIT"])]:
+                    shutil.rmtree(old)
+            class Trainer:
+                args = type("Arguments", (), {"output_dir": "out"})
+                def _save_checkpoint(self, step):
+                    os.makedirs(f"out/checkpoint-{step}")
+                    for part in ("model", "optimizer"):
+                        torch.save([step], f"out/checkpoint-{step}/{part}.pth")
+                    CALL()
+                if "CALL".startswith("self"):
+                    def _rotate_checkpoints(self): FUNCTION()
+            """
+        )
+        .replace("FUNCTION", names[how][0])
+        .replace("CALL", names[how][1])
+    )
+    code, output = start(tmp_path, ROTATION, LIMIT=str(limit), KILL_AT=str(limit + 1))
+    assert code == (9 if os.name == "nt" else 128 + 9), output
+    seen = "import os, torch; print(sorted(os.listdir('out')))"
+    code, output = start(tmp_path, seen)
+    expected = [f"checkpoint-{step}" for step in range(2, limit + 2)]
+    assert str(expected) in output and "not completely" not in output, output
+    assert all(torch.load(tmp_path / "out" / name / "optimizer.pth") for name in expected)
+    # What was left of it goes when the next is deleted.
+    again = ROTATION.replace("range(1, limit + 3)", "(limit + 2,)")
+    code, output = start(tmp_path, again, LIMIT=str(limit), KILL_AT="0")
+    assert code == 0, output
+    assert not list((tmp_path / "out" / ".lastgood").glob("tmp-*")), output
+
+
 @posix
 def test_a_directory_that_lightning_did_not_finish_is_set_aside_without_being_asked(tmp_path: Path) -> None:
     """As sharded strategies write it."""

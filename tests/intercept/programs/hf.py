@@ -22,7 +22,8 @@ model = GPT2LMHeadModel(
 )
 data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
 arguments = TrainingArguments(
-    output_dir="out", max_steps=3, save_steps=1, save_total_limit=2, per_device_train_batch_size=1, report_to=[],
+    output_dir="out", max_steps=3, save_steps=1, save_total_limit=int(os.environ.get("LIMIT", "2")),
+    per_device_train_batch_size=1, report_to=[],
     use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
     ddp_backend="gloo" if "RANK" in os.environ else None,
 )  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import os
 
 import torch
-from notes import note
+from notes import note, note_end
 
 state = {"step": 0, "w": torch.zeros(300)}
 if os.path.exists("last.pth"):
@@ -17,6 +17,9 @@ if "RESUME_ONLY" not in os.environ:
     for step in range(state["step"] + 1, 4):
         with open("state.json", "w") as file:
             json.dump({"step": step, "text": "x" * 1000}, file)
-        torch.save({"step": step, "w": torch.full((300,), float(step))}, "last.pth")
+        state = {"step": step, "w": torch.full((300,), float(step))}
+        torch.save(state, "last.pth")
         if os.environ.get("RANK", "0") == "0":
             note("ACK", step)
+if os.environ.get("RANK", "0") == "0":
+    note_end({"w": state["w"]})

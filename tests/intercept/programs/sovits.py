@@ -1,4 +1,7 @@
-"""GPT-SoVITS's way of saving: stage 2's pair and weights, and stage 1's list-and-delete."""
+"""GPT-SoVITS's way of saving: stage 2's pair and weights, and stage 1's list-and-delete.
+
+With several ranks, all save the pair, and meet once an epoch, as the training itself makes them.
+"""
 
 import glob
 import os
@@ -8,9 +11,11 @@ from io import BytesIO
 from time import time as ttime
 
 import torch
-from notes import note
+from notes import note, note_end
 
 OUT = os.environ["OUT"]
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+FIRST = os.environ.get("RANK", "0") == "0"
 
 
 def my_save(fea, path):
@@ -53,8 +58,10 @@ try:
     g = torch.load(latest_checkpoint_path(logs, "G_*.pth"))
     assert g["iteration"] == d["iteration"], (g["iteration"], d["iteration"])
     epoch = g["iteration"]
+    state = {"G": g["model"], "D": d["model"]}
 except IndexError:
     epoch = 0
+    state = {}
 # Stage 1.
 found = [re.match(r"epoch=(\d+)-step=(\d+)\.ckpt", name) for name in os.listdir(ckpt)]
 found = [match for match in found if match]
@@ -64,18 +71,27 @@ for name in os.listdir(weights):
     check_weights(os.path.join(weights, name))
 assert first in (epoch, epoch + 1), (first, epoch)
 note("RESUMED", epoch)
-if "RESUME_ONLY" not in os.environ:
+if "RESUME_ONLY" in os.environ:
+    if FIRST:
+        note_end(state)
+else:
+    if RANKS > 1:
+        torch.distributed.init_process_group("gloo")
     for epoch in range(epoch + 1, 4):  # noqa: B020
-        to_clean = list(os.listdir(ckpt))
-        torch.save({"epoch": epoch, "w": torch.zeros(300)}, os.path.join(ckpt, f"epoch={epoch}-step={epoch * 5}.ckpt"))
+        to_clean = list(os.listdir(ckpt)) if FIRST else []
+        if FIRST:
+            torch.save({"epoch": epoch, "w": torch.zeros(300)}, f"{ckpt}/epoch={epoch}-step={epoch * 5}.ckpt")
         for name in to_clean:
             try:
                 os.remove(f"{ckpt}/{name}")
             except Exception:
                 print("could not remove", name)
+        if RANKS > 1:
+            torch.distributed.barrier()
         step = epoch * 5 if "BY_STEP" in os.environ else 233333333333
         state = {"model": torch.full((300,), float(epoch)), "iteration": epoch}
         my_save(state, os.path.join(logs, f"G_{step}.pth"))
         my_save(state, os.path.join(logs, f"D_{step}.pth"))
-        my_save2({"weight": torch.zeros(300)}, os.path.join(weights, f"voice_e{epoch}.pth"))
-        note("ACK", epoch)
+        if FIRST:
+            my_save2({"weight": torch.zeros(300)}, os.path.join(weights, f"voice_e{epoch}.pth"))
+            note("ACK", epoch)

@@ -18,11 +18,9 @@ from typing import Any
 
 from . import system
 from .saving import Raw, Saver
-from .settings import PRIVATE
+from .settings import PRIVATE, SIDE_FILES
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pth.tar", ".pt.tar")
-SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model")
-"""Written safely in a directory of checkpoints only: elsewhere they are data, by the hundred thousand."""
 
 _PATH_OPENER = getattr(pathlib.Path, "_opener", None)
 """Until Python 3.9, pathlib opens files through this, which does what `open` does by itself."""

@@ -203,20 +203,38 @@ def family(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+def siblings(target: str) -> list[str]:
+    """The names of the other saved files in its directory that have the same name but for the numbers."""
+    directory, own = os.path.split(target)
+    hidden = os.path.join(directory, PRIVATE)
+    names = [
+        entry[: -len(SUFFIX)]
+        for entry in (system.listdir(hidden) if os.path.isdir(hidden) else [])
+        if entry.endswith(SUFFIX)
+    ]
+    return [name for name in names if name != own and family(name) == family(own)]
+
+
+def path_of_round(target: str, like: Version) -> str | None:
+    """Where the version lies, intact, that was saved in the same round of the same run as `like`, which may be another
+    file's; None where it does not."""
+    for version in read(target):
+        if not version.run or (version.run, version.round) != (like.run, like.round):
+            continue
+        for path in (target, *([history_path(target, version.kept)] if version.kept else [])):
+            # Not check(): for that a file is good that is whole, whatever its version.
+            if system.isfile(path) and system.getsize(path) == version.size and _fits(path, version):
+                return path
+    return None
+
+
 def intact_versions(target: str) -> Iterator[tuple[str, Version]]:
     """Paths that can stand in for a damaged file, newest first: its earlier versions, then its siblings."""
     directory = os.path.dirname(target)
     candidates = [(v.time, history_path(target, v.kept), v) for v in read(target) if v.kept]
-    hidden = os.path.join(directory, PRIVATE)
-    for entry in system.listdir(hidden) if os.path.isdir(hidden) else []:
-        name = entry[: -len(SUFFIX)]
-        if (
-            entry.endswith(SUFFIX)
-            and name != os.path.basename(target)
-            and family(name) == family(os.path.basename(target))
-        ):
-            sibling = os.path.join(directory, name)
-            candidates += [(v.time, sibling, v) for v in read(sibling)[-1:]]
+    for name in siblings(target):
+        sibling = os.path.join(directory, name)
+        candidates += [(v.time, sibling, v) for v in read(sibling)[-1:]]
     for _, path, version in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
         if system.isfile(path) and not check(path, [version]):
             yield path, version

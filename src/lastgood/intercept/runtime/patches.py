@@ -12,12 +12,14 @@ import pathlib
 import pickle
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from . import files, journal, system
+from .fallback import Fallback
 from .report import Report
 from .saving import Saver
 from .settings import PRIVATE, Settings, from_environment
@@ -25,6 +27,7 @@ from .settings import PRIVATE, Settings, from_environment
 _settings: Settings = from_environment()
 _report = Report(_settings.state)
 saver = Saver(_settings, _report)
+_fallback = Fallback(saver.units, _report, wanted=_settings.fallback)
 _done: set[str] = set()
 _replaced: list[tuple[Any, str, Any]] = []
 """What was replaced where: the owner, the name, and what was there."""
@@ -33,10 +36,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_report.reset)
     os.register_at_fork(after_in_child=saver.units.after_fork)
     os.register_at_fork(after_in_child=saver.mirror.reset)
-
-
-class DamagedFileError(RuntimeError):
-    """A file is not what was saved under its name."""
 
 
 def patch(module: ModuleType) -> None:
@@ -192,25 +191,7 @@ def _intact(name: Any) -> str | None:
     target = os.path.realpath(path)
     if target in saver.pretended:
         _await(target)
-    versions = journal.read(target)
-    damage = journal.check(target, versions)
-    if not damage:
-        return None
-    if not system.exists(target) and not saver.settings.fallback:
-        return None  # A file that was deleted: torch says that it is missing.
-    newest = next(journal.intact_versions(target), None)
-    found = f"{path} is damaged: {damage}."
-    if newest is None:
-        raise DamagedFileError(f"{found} lastgood run has no intact version of it; load another checkpoint.")
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest[1].time))
-    if saver.settings.fallback:
-        _report.add(fallbacks=1)
-        _report.say(f"{found} Loading {newest[0]} of {when} instead.")
-        return newest[0]
-    raise DamagedFileError(
-        f"{found} The newest intact version is {newest[0]}, of {when}: copy it to {path}, or start again with "
-        "`lastgood run --fallback`, which loads it."
-    )
+    return _fallback.instead_of(path, target)
 
 
 def _await(path: str) -> None:
@@ -224,23 +205,53 @@ def _await(path: str) -> None:
 
 
 def _patch_trainer(module: Any) -> None:
-    """Hugging Face: a checkpoint is a directory, finished when the method that writes it returns."""
+    """Hugging Face: a checkpoint is a directory, finished when the method that writes it has, and before it deletes."""
     _add_complete("checkpoint-*")
     original = module.Trainer._save_checkpoint
+    postponed: list[Callable[[], Any]] = []
+    saving: list[bool] = []
 
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        saver.units.framework_tells(os.path.abspath(self.args.output_dir))
-        result = original(self, *args, **kwargs)
-        # Each rank writes its own part, and none knows when the others have: without this, a rank that is done early
-        # would call the directory finished of which another, killed in between, has written nothing.
-        distributed: Any = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()
-        saver.units.finished()
+        saving.append(True)
+        try:
+            with saver.units.of_framework():
+                result = original(self, *args, **kwargs)
+                # Each rank writes its own part, and none knows when the others have: without this, a rank that is done
+                # early would call the directory finished of which another, killed in between, has written nothing.
+                _wait_for_all_ranks()
+            # No rank's mark may be left when the earlier checkpoint goes: the new one is all there is then.
+            _wait_for_all_ranks()
+        finally:
+            saving.pop()
+            deletions = postponed[:]
+            postponed.clear()
+        for delete in deletions:
+            delete()
         return result
 
     _dress(_save_checkpoint, original)
     _set(module.Trainer, "_save_checkpoint", _save_checkpoint)
+    # A method before version 5, a function since.
+    for holder, name in ((module.Trainer, "_rotate_checkpoints"), (module, "rotate_checkpoints")):
+        if hasattr(holder, name):
+            _set(holder, name, _postponed_while(saving, postponed, getattr(holder, name)))
+
+
+def _postponed_while(saving: list[bool], postponed: list[Callable[[], Any]], original: Any) -> Any:
+    def rotate(*args: Any, **kwargs: Any) -> None:
+        if saving:
+            postponed.append(lambda: original(*args, **kwargs))
+        else:
+            original(*args, **kwargs)
+
+    _dress(rotate, original)
+    return rotate
+
+
+def _wait_for_all_ranks() -> None:
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
 
 
 def _patch_lightning(module: Any) -> None:
@@ -249,10 +260,8 @@ def _patch_lightning(module: Any) -> None:
     original = module.Trainer.save_checkpoint
 
     def save_checkpoint(self: Any, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        saver.units.framework_tells(os.path.dirname(os.path.abspath(os.fspath(filepath))))
-        result = original(self, filepath, *args, **kwargs)
-        saver.units.finished()
-        return result
+        with saver.units.of_framework():
+            return original(self, filepath, *args, **kwargs)
 
     _dress(save_checkpoint, original)
     _set(module.Trainer, "save_checkpoint", save_checkpoint)
@@ -289,6 +298,9 @@ def _patch_system() -> None:
     _set(pickle, "dump", _dump(pickle.dump, "file"))
     _set(shutil, "move", _move)
     _set(shutil, "copyfile", _copyfile)
+    _set(shutil, "rmtree", _rmtree)
+    _set(sys, "exit", _exit)
+    _set(os, "_exit", _leave)
     # These took the functions of os when they were imported: pathlib until 3.10, and glob for pathlib since 3.13.
     accessor = getattr(pathlib, "_NormalAccessor", None)
     if accessor is not None:
@@ -412,6 +424,39 @@ def _rmdir(path: Any, **kwargs: Any) -> None:
 def _directory(path: Any) -> str | None:
     name = files.absolute("." if path is None else path)
     return None if name is None else os.path.realpath(name)
+
+
+def _rmtree(path: Any, *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint that is a directory goes at once: what is left of one that is half deleted is not to be found."""
+    name = None if kwargs.get("dir_fd") is not None else files.absolute(path)
+    if name is not None and saver.units.is_directory(name) and os.path.isdir(name) and not os.path.islink(name):
+        system.clear_leftovers(os.path.dirname(name))
+        try:
+            hidden = system.temporary(name)
+            system.rename(name, hidden)
+        except OSError:
+            return system.rmtree(path, *args, **kwargs)  # On Windows: a program has a file in it open.
+        saver.units.deleted(name)
+        path = hidden
+    return system.rmtree(path, *args, **kwargs)
+
+
+_dress(_rmtree, system.rmtree)
+_rmtree.avoids_symlink_attacks = system.rmtree.avoids_symlink_attacks  # type: ignore[attr-defined, unused-ignore]
+
+
+def _exit(status: Any = None) -> Any:
+    if threading.current_thread() is threading.main_thread():
+        saver.units.exit_status = status
+    system.exit_program(status)
+
+
+def _leave(status: int) -> Any:
+    # Children of multiprocessing end here, and no function of atexit is called in them.
+    if status == 0:
+        saver.units.exit_status = None
+        saver.units.at_exit()
+    system.leave(status)
 
 
 def _listdir(path: Any = None) -> Any:

@@ -134,7 +134,9 @@ class Saver:
         if directory not in self._cleared:
             self._cleared.add(directory)
             system.clear_leftovers(directory)
-        return system.temporary(path)
+        temporary = system.temporary(path)
+        self.units.writes(path, temporary)
+        return temporary
 
     def finish(self, raw: Raw, file: Any) -> None:
         """Flush and sync, and look whether the file has what was written."""
@@ -153,6 +155,7 @@ class Saver:
         else:
             with contextlib.suppress(OSError):
                 system.remove(temporary)
+        self.units.wrote(temporary, failed=path)
         if not isinstance(error, GeneratorExit):
             self.report.failed(f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
 
@@ -225,6 +228,7 @@ class Saver:
                     if theirs is not None:
                         self.report.add(collisions=1)
                         system.remove(source)
+                        self.units.left(target)
                         self.mine[target] = Known(theirs.size, theirs.crc32, theirs.inode, called, theirs.begins)
                         return False
                 self.units.begin(target)
@@ -245,7 +249,10 @@ class Saver:
         except FileNotFoundError:
             raise  # The source was taken away by another rank, or the directory by the program: the caller looks.
         except OSError as error:
+            self.units.wrote(source, failed=target)
             raise self._refused(source, target, error) from error
+        finally:
+            self.units.wrote(source)
         self.mine[target] = Known(size, crc, inode, called, begins)
         self.pretended.pop(target, None)
         if target in self._unsaved:
@@ -338,11 +345,13 @@ class Saver:
             there = [journal.Version(status.st_size, -1, status.st_mtime, inode=status.st_ino)]
             versions = [*versions, there[0]]
         current = there[-1]
+        if self.units.is_half_of_a_save(target, current.time):
+            return versions
         name = f"{os.path.basename(target)}.{int(current.time * 1000)}"
         link = journal.history_path(target, name)
         try:
             os.makedirs(os.path.dirname(link), exist_ok=True)
-            os.link(target, link)
+            self._link(target, link)
         except FileExistsError:
             pass  # This version has its link: it was kept when a save was cut off after this point.
         except OSError as error:
@@ -350,6 +359,20 @@ class Saver:
             return versions
         current.kept = name
         return versions
+
+    def _link(self, target: str, link: str) -> None:
+        try:
+            os.link(target, link)
+        except FileExistsError:
+            raise
+        except OSError:
+            if self.units.unit_of(target) is None or system.exists(link):
+                raise
+            # No links on this file system. What belongs together must be taken back together, so that it is copied.
+            temporary = system.temporary(target)
+            system.copyfile(target, temporary)
+            system.sync_path(temporary)
+            system.replace(temporary, link)
 
     def _without_oldest(self, target: str, versions: list[journal.Version]) -> list[journal.Version]:
         """Delete earlier versions beyond those that are to be kept; returns what is still worth knowing."""

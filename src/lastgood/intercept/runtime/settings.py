@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 VARIABLE = "LASTGOOD_RUN"
 PRIVATE = ".lastgood"
 """The directory beside the saved files that holds the journal, temporary files and earlier versions."""
+SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model")
+"""Written safely in a directory of checkpoints only: elsewhere they are data, by the hundred thousand."""
 
 
 @dataclass(frozen=True)

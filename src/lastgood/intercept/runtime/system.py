@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat as stat_module
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ copyfile = shutil.copyfile
 copymode = shutil.copymode
 copystat = shutil.copystat
 move = shutil.move
+rmtree = shutil.rmtree
+exit_program = sys.exit
+leave = os._exit
 
 WINDOWS = os.name == "nt"
 _SHARING = (5, 32, 33)
@@ -205,7 +209,10 @@ def birth(pid: int) -> str:
 
 
 def clear_leftovers(directory: str) -> None:
-    """Delete the temporary files in `directory` that processes of this machine left when they were killed."""
+    """Delete the temporary files in `directory` that processes of this machine left when they were killed.
+
+    A directory is one that was being deleted.
+    """
     hidden = os.path.join(directory, PRIVATE)
     prefix = f"tmp-{socket.gethostname()}-"
     try:
@@ -216,7 +223,8 @@ def clear_leftovers(directory: str) -> None:
         pid = name[len(prefix) :].split("-")[0] if name.startswith(prefix) else ""
         if pid.isdigit() and int(pid) != os.getpid() and not is_alive(int(pid)):
             with contextlib.suppress(OSError):  # Another rank may have deleted it first.
-                remove(os.path.join(hidden, name))
+                path = os.path.join(hidden, name)
+                rmtree(path) if os.path.isdir(path) else remove(path)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 While a directory ``checkpoint-500`` or a pair ``G_500.pth``, ``D_500.pth`` is being written, a small file
 ``.lastgood/open-*.json`` beside it says so. One that is found with its writer dead belongs to a checkpoint that was not
-finished.
+finished: see :mod:`.unfinished`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from . import journal, system
+from . import system, unfinished
 from .report import Report
-from .settings import PRIVATE, Settings
+from .settings import PRIVATE, SIDE_FILES, Settings
 
 IDLE = 60.0
 """Seconds without a save after which a directory counts as finished, where no framework says when it is."""
@@ -39,20 +40,49 @@ class Unit:
     """Of a directory: its name. Of a group: the names of all its files."""
     group: bool
 
+    @property
+    def paths(self) -> set[str]:
+        """Of a group: its files."""
+        return {os.path.join(self.directory, name) for name in self.names}
+
+
+@dataclass
+class Mark:
+    """What this process knows of a checkpoint that it is writing, beside what the file says."""
+
+    content: dict[str, Any]
+    before: list[str]
+    """The marks of other ranks for the save before this one."""
+    outdated: list[str]
+    """The marks of dead writers of the same checkpoint, which could not be set aside and is written anew."""
+    saved: list[str]
+    """Its files that are in place, in the order of their saves."""
+    failed: set[str] = field(default_factory=set)
+    """Its files whose last save failed."""
+    told: bool = False
+    """A framework says when it is finished, and nothing else does."""
+
 
 class Units:
     """The checkpoints that this process is writing, and those that it finds."""
 
     def __init__(self, settings: Settings, report: Report) -> None:
         self.patterns = list(settings.complete)
+        self.exit_status: Any = None
+        """What the program gave to sys.exit, if it has saved nothing since."""
         self._settings = settings
         self._report = report
-        self._open: dict[str, dict[str, Any]] = {}
-        self._outdated: dict[str, list[str]] = {}
-        """By mark, those of dead writers of the same checkpoint, which could not be set aside and is written anew."""
-        self._told_by_framework: set[str] = set()
+        self._open: dict[str, Mark] = {}
+        self._rounds: dict[str, int] = {}
+        """By mark: how often this process has begun to write the checkpoint."""
+        self._left: dict[str, list[str]] = {}
+        """By the mark that there would be: files of a group that rank 0 has put in place for this rank."""
+        self._writing: dict[str, str] = {}
+        """Temporary files that are being written: which files of directories they will be."""
+        self._frameworks: list[set[str]] = []
+        """For each save of a framework that is going on, the marks of what it has written so far."""
         self._timer: threading.Timer | None = None
-        atexit.register(self._at_exit)
+        atexit.register(self.at_exit)
 
     # Writing.
 
@@ -75,37 +105,105 @@ class Units:
                 here = above
         return None
 
+    def is_directory(self, path: str) -> bool:
+        """Whether a directory as a whole is one checkpoint."""
+        unit = self.unit_of(os.path.join(path, ""))
+        return unit is not None and not unit.group and os.path.join(unit.directory, unit.names[0]) == path
+
+    def fellows(self, target: str) -> tuple[list[str], list[str]]:
+        """The files of the group that `target` is one of, in the order of the pattern; and what else is there of its
+        group or directory. Both empty where it stands alone, as a file of a group of which there is no other."""
+        unit = self.unit_of(target)
+        if unit is None:
+            return [], []
+        there = [os.path.join(unit.directory, name) for name in unfinished.files_of(unit.directory, unit.names)]
+        others = [path for path in there if path != target]
+        return [os.path.join(unit.directory, name) for name in unit.names] if unit.group and others else [], others
+
+    def writes(self, target: str, temporary: str) -> None:
+        """A file is being written that will be `target`: if that is in a directory, this is not finished before."""
+        unit = self.unit_of(target)
+        if unit is None or unit.group:
+            return
+        self._writing[temporary] = target
+        self._stop_timer()
+        with contextlib.suppress(OSError):  # It is tried again when the file is put in place, which then fails.
+            self.begin(target)
+
+    def wrote(self, temporary: str, failed: str = "") -> None:
+        """A file that was being written is in place; or it is not, and the save of `failed` has failed."""
+        unit = self.unit_of(failed) if failed else None
+        mark = self._open.get(self._marker(unit)) if unit is not None else None
+        if mark is not None:
+            mark.failed.add(failed)
+        if self._writing.pop(temporary, None) is not None:
+            self._end_when_idle()
+
     def begin(self, target: str) -> None:
-        """A file of a checkpoint is about to be put in place."""
+        """A file of a checkpoint is about to be written or put in place."""
         unit = self.unit_of(target)
         if unit is None:
             return
+        self.exit_status = None
         marker = self._marker(unit)
-        if marker not in self._open:
+        mark = self._open.get(marker)
+        if mark is not None and not unit.group and self._begins_anew(mark, target):
+            self._end(marker)
+            mark = None
+        if mark is None:
             if not unit.group:
                 self._end_directories(unit.directory)
-            self._open[marker] = {
-                "run": self._settings.run,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "birth": system.birth(os.getpid()),
-                "directory": unit.directory,
-                "names": unit.names,
-                "group": unit.group,
-                "began": time.time(),
-                "saved": [],
-            }
+            mark = self._open[marker] = self._new(unit, marker)
             self._write(marker)
-            self._outdated[marker] = [] if unit.group else self._of_dead_writers(marker)
-        name = os.path.basename(target)
-        if unit.group and name not in self._open[marker]["saved"]:
-            self._open[marker]["saved"].append(name)
-            self._write(marker)
+            for path in mark.before:
+                with contextlib.suppress(OSError):  # That rank has removed it by now.
+                    system.remove(path)
+        if self._frameworks and not unit.group:
+            mark.told = True
+            self._frameworks[-1].add(marker)
+
+    def _new(self, unit: Unit, marker: str) -> Mark:
+        self._rounds[marker] = self._rounds.get(marker, 0) + 1
+        content: dict[str, Any] = {
+            "run": self._settings.run,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "birth": system.birth(os.getpid()),
+            "directory": unit.directory,
+            "names": unit.names,
+            "group": unit.group,
+            "round": self._rounds[marker],
+            "began": time.time(),
+            "there": unfinished.files_of(unit.directory, unit.names),
+        }
+        before, outdated = [], []
+        for path, other in unfinished.marks(unit.directory, os.path.basename(marker).rsplit("-", 1)[0]):
+            if other["host"] != content["host"]:
+                continue
+            if not unit.group and other["run"] == content["run"] and other.get("round", 0) < content["round"]:
+                # Another rank's, of the save before: this one would not have begun the next if it had not ended.
+                before.append(path)
+                continue
+            # Another rank is writing it, or a dead process was: what these have put in place was never complete.
+            content["began"] = min(content["began"], other["began"])
+            content["there"] = [name for name in content["there"] if name in other.get("there", [])]
+            if path != marker and not unfinished.lives(other):
+                outdated.append(path)
+        return Mark(content, before, outdated, self._left.pop(marker, []))
+
+    def _begins_anew(self, mark: Mark, target: str) -> bool:
+        """Whether the program, which saves a file of a directory for the second time, overwrites the whole directory.
+
+        Some write a JSON file twice in one save: it counts where they begin with it.
+        """
+        if mark.told or mark.failed or target not in mark.saved:
+            return False
+        return target == mark.saved[0] or not target.endswith(SIDE_FILES)
 
     def _write(self, marker: str) -> None:
         temporary = system.temporary(os.path.dirname(marker))
         with system.open_file(temporary, "w", encoding="utf-8") as file:
-            json.dump(self._open[marker], file)
+            json.dump(self._open[marker].content, file)
             file.flush()
             system.sync_file(file.fileno())
         system.replace(temporary, marker)
@@ -113,25 +211,69 @@ class Units:
     def saved(self, target: str) -> None:
         """A file of a checkpoint is in place."""
         unit = self.unit_of(target)
-        if unit is None:
+        mark = self._open.get(self._marker(unit)) if unit is not None else None
+        if unit is None or mark is None:
             return
-        if unit.group and set(self._open[self._marker(unit)]["saved"]) == set(unit.names):
-            self._end(self._marker(unit))
-        elif not unit.group and unit.directory not in self._told_by_framework:
+        if target not in mark.saved:
+            mark.saved.append(target)
+        mark.failed.discard(target)
+        if not unit.group:
             self._end_when_idle()
+        elif set(mark.saved) == unit.paths:
+            self._end(self._marker(unit))
 
-    def framework_tells(self, directory: str) -> None:
-        """A framework says itself when a checkpoint in `directory` is finished: see :meth:`finished`."""
-        self._told_by_framework.add(os.path.realpath(directory))
+    def left(self, target: str) -> None:
+        """Rank 0 has put this file in place, for this rank too."""
+        unit = self.unit_of(target)
+        if unit is None or not unit.group:
+            return
+        marker = self._marker(unit)
+        if marker in self._open:
+            self.saved(target)
+            return
+        left = self._left.setdefault(marker, [])
+        left.append(target)
+        if set(left) == unit.paths:
+            del self._left[marker]
 
-    def finished(self) -> None:
-        """All directories that this process was writing are complete."""
-        for marker in [marker for marker, content in self._open.items() if not content["group"]]:
+    def is_half_of_a_save(self, target: str, put: float) -> bool:
+        """Whether what was put in place at `put` belongs to a checkpoint that is not finished yet.
+
+        To go back to it would be to go back to what was never complete, so that it is no earlier version.
+        """
+        unit = self.unit_of(target)
+        mark = self._open.get(self._marker(unit)) if unit is not None else None
+        if unit is None or mark is None or put < mark.content["began"]:
+            return False
+        others = [name for name in unit.names if name != os.path.basename(target)]
+        return not unit.group or unfinished.has_family(unit.directory, others)
+
+    @contextlib.contextmanager
+    def of_framework(self) -> Iterator[None]:
+        """A framework saves a checkpoint: it is finished when this block ends, and never if that is with an error."""
+        self._frameworks.append(set())
+        try:
+            yield
+        except BaseException:
+            self._frameworks.pop()
+            raise
+        for marker in self._frameworks.pop():
             self._end(marker)
+
+    def deleted(self, path: str) -> None:
+        """A directory is gone; if it is made again, that is another one."""
+        unit = self.unit_of(os.path.join(path, ""))
+        if unit is not None and self._marker(unit) in self._open:
+            self._end(self._marker(unit))
 
     def after_fork(self) -> None:
         """A child writes checkpoints of its own, if any."""
         self._open = {}
+        self._rounds = {}
+        self._left = {}
+        self._writing = {}
+        self._frameworks = []
+        self.exit_status = None
         self._timer = None
 
     def _marker(self, unit: Unit) -> str:
@@ -139,38 +281,41 @@ class Units:
         return os.path.join(unit.directory, PRIVATE, f"open-{digest}-{os.getpid()}.json")
 
     def _end(self, marker: str) -> None:
-        self._open.pop(marker, None)
-        for mark in (marker, *self._outdated.pop(marker, [])):
+        mark = self._open.pop(marker, None)
+        for path in (marker, *(mark.outdated if mark is not None else [])):
             with contextlib.suppress(OSError):
-                system.remove(mark)
+                system.remove(path)
 
-    def _of_dead_writers(self, marker: str) -> list[str]:
-        private, own = os.path.split(marker)
-        same = own.rsplit("-", 1)[0] + "-"
-        found = [name for name in system.listdir(private) if name.startswith(same) and name != own]
-        pids = {name: name[len(same) :].removesuffix(".json") for name in found}
-        return [
-            os.path.join(private, name)
-            for name in found
-            if pids[name].isdigit() and not system.is_alive(int(pids[name]))
-        ]
+    def _end_directories(self, directory: str | None = None) -> None:
+        """The program has gone on, or has ended: the directories that it was writing are finished.
 
-    def _end_directories(self, directory: str) -> None:
-        """The program has gone on to the next checkpoint, so the one before is finished."""
-        for marker, content in list(self._open.items()):
-            if not content["group"] and content["directory"] == directory:
-                self._end(marker)
+        Not those of a framework, nor those in which a save is going on or has failed.
+        """
+        for marker, mark in list(self._open.items()):
+            unit = Unit(mark.content["directory"], mark.content["names"], mark.content["group"])
+            if unit.group or mark.told or mark.failed or directory not in (None, unit.directory):
+                continue
+            if unit.names[0] in {there.names[0] for there in map(self.unit_of, self._writing.values()) if there}:
+                continue
+            self._end(marker)
 
     def _end_when_idle(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = threading.Timer(IDLE, self.finished)
+        self._stop_timer()
+        if self._writing or not any(not mark.content["group"] for mark in list(self._open.values())):
+            return
+        self._timer = threading.Timer(IDLE, self._end_directories)
         self._timer.daemon = True
         self._timer.start()
 
-    def _at_exit(self) -> None:
-        if getattr(sys, "last_exc", None) is None and getattr(sys, "last_type", None) is None:
-            self.finished()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def at_exit(self) -> None:
+        """The program ends: without an error, as far as can be seen, what it was writing is finished."""
+        failed = getattr(sys, "last_exc", None) or getattr(sys, "last_type", None) or self.exit_status
+        if not failed:
+            self._end_directories()
 
     # Finding.
 
@@ -189,84 +334,19 @@ class Units:
             try:
                 with system.open_file(marker, encoding="utf-8") as file:
                     content = json.load(file)
-                if content["host"] != socket.gethostname():
-                    # Whether its writer lives cannot be seen from here: out of sight, but not touched.
-                    if content["run"] != self._settings.run and not content["group"]:
-                        hidden.update(content["names"])
-                elif system.is_alive(content["pid"]) and content["birth"] == system.birth(content["pid"]):
-                    if not content["group"] and content["run"] != self._settings.run:
-                        hidden.update(content["names"])
+                # What was complete before stays in sight.
+                new = [] if content["group"] or content.get("there") else content["names"]
+                # On another host, whether its writer lives cannot be seen from here: out of sight, but not touched.
+                if content["host"] != socket.gethostname() or unfinished.lives(content):
+                    if content["run"] != self._settings.run:
+                        hidden.update(new)
                 else:
                     # Until it is out of the way: on Windows, a program that has a file in it open can prevent that.
-                    out_of_sight = [] if content["group"] else content["names"]
-                    hidden.update(out_of_sight)
-                    self._set_aside(directory, marker, content)
-                    hidden.difference_update(out_of_sight)
+                    hidden.update(new)
+                    unfinished.set_aside(directory, marker, content, self._report)
+                    hidden.difference_update(new)
             except FileNotFoundError:
                 continue  # Another rank was faster.
             except (OSError, ValueError, KeyError) as error:
                 self._report.say_once(os.path.basename(marker), f"{marker} cannot be dealt with: {error!r}")
         return hidden
-
-    def _set_aside(self, directory: str, marker: str, content: dict[str, Any]) -> None:
-        with system.locked(os.path.dirname(marker)):
-            if not system.exists(marker):
-                return
-            if content["group"]:
-                self._roll_back(directory, content)
-            else:
-                for name in content["names"]:
-                    self._hide_away(directory, name)
-            system.remove(marker)
-
-    def _hide_away(self, directory: str, name: str) -> None:
-        source = os.path.join(directory, name)
-        if not system.exists(source):
-            return
-        aside = os.path.join(directory, PRIVATE, "incomplete")
-        os.makedirs(aside, exist_ok=True)
-        target = os.path.join(aside, f"{name}.{int(time.time() * 1000)}")
-        system.rename(source, target)
-        self._report.add(set_aside=1)
-        self._report.say(f"{source} was not completely written when its program ended; it is now {target}")
-
-    def _roll_back(self, directory: str, content: dict[str, Any]) -> None:
-        """Give the files of a pair that were replaced before the crash their earlier versions, as the others have."""
-        placed = [name for name in content["names"] if self._is_placed(directory, name, content["began"])]
-        others = [name for name in content["names"] if name not in placed]
-        if not any(self._has_family(directory, name) for name in others):
-            return  # All are there; or the program never writes the others, and there is no pair here.
-        for name in placed:
-            target = os.path.join(directory, name)
-            versions = journal.read(target)
-            kept = [version for version in versions[:-1] if version.kept]
-            if not kept:
-                self._hide_away(directory, name)
-                journal.forget(target)
-                continue
-            version = kept[-1]
-            temporary = system.temporary(target)
-            system.copyfile(journal.history_path(target, version.kept), temporary)
-            system.sync_path(temporary)
-            system.replace(temporary, target)
-            system.sync_dir(directory)
-            version.inode = os.stat(target).st_ino
-            journal.write(target, versions[:-1])
-            self._report.add(set_aside=1)
-            self._report.say(
-                f"{target} was saved and {', '.join(others)} was not when the program ended: the version of "
-                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(version.time))} is back, which fits"
-            )
-
-    def _is_placed(self, directory: str, name: str, began: float) -> bool:
-        """Whether a file was put in place after `began`. Its journal entry alone does not show it: it comes before."""
-        target = os.path.join(directory, name)
-        newest = journal.read(target)[-1:]
-        try:
-            return bool(newest) and newest[0].time >= began and newest[0].inode == os.stat(target).st_ino
-        except FileNotFoundError:
-            return False
-
-    def _has_family(self, directory: str, name: str) -> bool:
-        wanted = journal.family(name)
-        return any(journal.family(there) == wanted for there in system.listdir(directory))
