@@ -26,6 +26,9 @@ _log = logging.getLogger("lastgood")
 _HELLO_BYTES = 1 << 16
 _MESSAGE_BYTES = 1 << 30
 _HELLO_SECONDS = 10.0
+_STUMBLE_SECONDS = 1.0
+_TALK = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What a connection raises whose other side is gone, or speaks another language; JSON may be nested too deeply."""
 
 
 class _Connection:
@@ -148,7 +151,7 @@ class Channel:
                     try:
                         self._hello(address, invitation)
                         return invitation
-                    except (OSError, ValueError, KeyError) as error:
+                    except _TALK as error:
                         reason = f"rank 0 could not be reached at {address}:{invitation.get('port')}: {error}"
             if time.monotonic() > deadline:
                 raise PeerError(
@@ -314,7 +317,13 @@ class Channel:
     def _serve(self) -> None:
         while not self._stopping:
             timeout = max(0.0, min(self._due) - time.monotonic()) if self._due else None
-            self._turn(timeout)
+            try:
+                self._turn(timeout)
+            except Exception:
+                # The heart beats in this thread: without it another job would take the run from a living one.
+                if not self._stopping:
+                    _log.exception("lastgood: the messages between the ranks stumbled; they go on")
+                    time.sleep(_STUMBLE_SECONDS)
             for index, (seconds, task) in enumerate(self._tasks):
                 if time.monotonic() >= self._due[index]:
                     self._due[index] = time.monotonic() + seconds
@@ -349,12 +358,15 @@ class Channel:
             sock, _ = self._listener.accept()
         except OSError:
             return  # It was closed again before we looked.
-        sock.setblocking(False)
-        _keep_alive(sock)
-        connection = _Connection(sock)
-        connection.queue({"nonce": connection.nonce})
-        connection.send()
-        self._selector.register(sock, selectors.EVENT_READ, connection)
+        try:
+            sock.setblocking(False)
+            _keep_alive(sock)
+            connection = _Connection(sock)
+            connection.queue({"nonce": connection.nonce})
+            connection.send()
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+        except OSError:
+            sock.close()  # It was reset meanwhile.
 
     def _move(self, connection: _Connection, events: int) -> None:
         try:
@@ -366,7 +378,7 @@ class Channel:
                 return self._close(connection, "its connection was closed")
             for message in messages:
                 self._take(connection, message)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _TALK as error:
             self._close(connection, str(error))
 
     def _take(self, connection: _Connection, message: Json) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +165,6 @@ def test_a_master_that_is_no_use_is_no_harm(tmp_path: Path, master: str) -> None
 
 def test_without_ipv6(tmp_path: Path) -> None:
     def main(rank: Rank) -> str:
-        import socket
-
         create = socket.create_server
 
         def refusing(address: Any, **options: Any) -> Any:
@@ -186,7 +189,6 @@ def test_on_one_machine_only_loopback_listens() -> None:
 def test_strangers_at_the_port_are_turned_away(tmp_path: Path) -> None:
     def main(rank: Rank) -> str:
         import json
-        import socket
 
         ckpt = rank.checkpointer(state=state(), replicated=["*"])
         if rank.rank == 0:
@@ -206,6 +208,77 @@ def test_strangers_at_the_port_are_turned_away(tmp_path: Path) -> None:
     ended = run_ranks(2, main, tmp_path)
     assert [e.ok() for e in ended] == ["committed"] * 2
     assert not ended[0].logged("WARNING")
+
+
+def listening() -> tuple[Channel, threading.Event]:
+    """Rank 0's channel before its thread starts, with a task as the heartbeat is one."""
+    channel = Channel(World(0, 2, one_host=True))
+    channel.listen()
+    beat = threading.Event()
+    channel.every(0.05, beat.set)
+    return channel, beat
+
+
+def test_a_stranger_that_resets_its_connection_does_not_stop_the_heart() -> None:
+    channel, beat = listening()
+    for _ in range(3):
+        stranger = socket.create_connection(("127.0.0.1", channel.port))
+        # Closed by a reset, before rank 0 has said a word.
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()
+    channel.start()
+    time.sleep(0.3)
+    beat.clear()
+    assert beat.wait(20)
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 60000,
+        b"[]",
+        b"7",
+        b"null",
+        b'{"rank":1,"size":2,"job":"","mac":"\xc3\xa9"}',
+        b'{"rank":[],"size":2,"job":"","mac":7}',
+        b'{"rank":' + b"9" * 60000 + b"}",
+    ],
+    ids=["nested deeply", "list", "number", "null", "no ASCII", "wrong types", "huge number"],
+)
+def test_whatever_a_stranger_says_does_not_stop_the_heart(text: bytes) -> None:
+    channel, beat = listening()
+    channel.start()
+    with socket.create_connection(("127.0.0.1", channel.port)) as stranger:
+        stranger.sendall(len(text).to_bytes(8, "little") + text)
+        stranger.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(4096):
+                pass
+    beat.clear()
+    assert beat.wait(20)
+    channel.close()
+
+
+def test_an_error_that_nobody_foresaw_does_not_stop_the_heart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel, beat = listening()
+    stumbled = threading.Event()
+
+    def accept() -> None:
+        monkeypatch.undo()
+        stumbled.set()
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(channel, "_accept", accept)
+    channel.start()
+    with socket.create_connection(("127.0.0.1", channel.port)):
+        assert stumbled.wait(20)
+        beat.clear()
+        assert beat.wait(20)
+    assert "unforeseen" in caplog.text
+    channel.close()
 
 
 # -- launched for real ------------------------------------------------------------------------------------------------
