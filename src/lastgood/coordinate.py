@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -29,6 +30,9 @@ _HELLO_SECONDS = 10.0
 _STUMBLE_SECONDS = 1.0
 _TALK = (OSError, ValueError, KeyError, TypeError, RecursionError)
 """What a connection raises whose other side is gone, or speaks another language; JSON may be nested too deeply."""
+
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+"""Addresses on no machine in the world (RFC 5737, RFC 3849): the way there is the way to every other network."""
 
 
 class _Connection:
@@ -475,20 +479,25 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
 
 
 def _own_addresses() -> list[str]:
-    """Addresses of this machine, the likeliest first."""
-    found: list[str] = []
-    master = os.environ.get("MASTER_ADDR")
-    if master:
-        # The address that this machine uses towards the master; connecting a datagram socket sends nothing.
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                try:
-                    probe.connect((master, 9))
-                except OSError:
-                    continue
-                found.append(probe.getsockname()[0])
-    try:
-        found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
-    except OSError:
-        found.append(socket.gethostname())
-    return list(dict.fromkeys([*found, "127.0.0.1", "::1"]))
+    """Addresses and names of this machine, the likeliest first."""
+    name, master = socket.gethostname(), os.environ.get("MASTER_ADDR")
+    found = []
+    for target in (master, *_ELSEWHERE):
+        # The address that this machine uses towards another; connecting a datagram socket sends nothing.
+        for family in (socket.AF_INET, socket.AF_INET6) if target else ():
+            with contextlib.suppress(OSError, UnicodeError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                found.append(str(probe.getsockname()[0]))
+    names = [master or name, name]
+    with contextlib.suppress(OSError, UnicodeError):
+        for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME):
+            found.append(str(info[4][0]))
+            names.append(info[3] or name)
+    # Names too: of its own one a machine may know no more than a loopback address, where the others know the right one.
+    loopback = [address for address in found if _is_loopback(address)]
+    others = [address for address in found if address not in loopback]
+    return list(dict.fromkeys([*others, *names, *loopback, "127.0.0.1", "::1"]))
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -19,7 +19,7 @@ import torch
 from rank_processes import Rank, checkpoints, run_ranks
 
 import lastgood
-from lastgood import LastGoodError, PeerError, RunHeldError
+from lastgood import LastGoodError, PeerError, RunHeldError, coordinate
 from lastgood.coordinate import Channel
 from lastgood.world import World, detect_world
 
@@ -161,6 +161,40 @@ def test_a_master_that_is_no_use_is_no_harm(tmp_path: Path, master: str) -> None
 
     expected = master in ("127.0.0.1", "::1")
     assert [e.ok() for e in run_ranks(2, main, tmp_path)] == [expected] * 2
+
+
+def test_a_host_whose_name_is_its_loopback_is_found_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian writes `127.0.1.1 node1.cluster node1` into /etc/hosts: others know what the name means, it does not."""
+
+    def look_up(host: Any, *rest: Any, **options: Any) -> list[Any]:
+        assert host in ("node1", "master.cluster")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "node1.cluster", ("127.0.1.1", 0))]
+
+    class Probe(socket.socket):
+        def connect(self, address: Any) -> None:
+            if address[0] != "master.cluster":
+                raise OSError(101, "Network is unreachable")
+            super().connect(("127.0.0.1", address[1]))
+
+    monkeypatch.setenv("MASTER_ADDR", "master.cluster")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "socket", Probe)
+    found = coordinate._own_addresses()
+    assert found[:3] == ["master.cluster", "node1", "node1.cluster"]
+    assert set(found[3:]) == {"127.0.0.1", "127.0.1.1", "::1"}, "last, for ranks on this machine"
+
+
+def test_addresses_of_a_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Probe(socket.socket):
+        def __init__(self, family: int = socket.AF_INET, *rest: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            super().__init__(family, *rest)
+
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert "127.0.0.1" in coordinate._own_addresses()
 
 
 def test_without_ipv6(tmp_path: Path) -> None:
