@@ -70,7 +70,8 @@ class Checkpointer:
 
     Raises:
         RunHeldError: another job uses the run.
-        PeerError: a rank did not come within `deadline`, or does not see the same directory.
+        PeerError: a rank did not come within `deadline` (rank 0: within `stale` more, where the job before did not give
+            the run back), or does not see the same directory.
         LastGoodError: an argument cannot be used.
     """
 

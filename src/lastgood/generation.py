@@ -74,6 +74,12 @@ def _path(run: Path, number: int, kind: str) -> Path:
     return run / "generations" / f"{number:08d}.{kind}"
 
 
+def is_open(run: Path) -> bool:
+    """Whether the last job on a run did not give it back: it lives, or ended without a word."""
+    taken = generations(run)
+    return bool(taken) and not disk.exists(_path(run, taken[-1], "end"))
+
+
 def holder(run: Path, *, patience: float = 3 * BEAT_SECONDS) -> Json | None:
     """What the file of the job that holds the run says, or None where no job seems to. Takes nothing.
 
@@ -145,7 +151,7 @@ class Holder:
         who = record(run, last) if last else None
         ended = last and disk.exists(_path(run, last, "end"))
         if lock is None:
-            raise RunHeldError(_held(run, who))
+            raise RunHeldError(held(run, who))
         if last and not ended and (who is None or who.get("machine") != machine_id()):
             # On this machine the lock has just decided. For another one it may mean nothing.
             try:
@@ -169,7 +175,7 @@ class Holder:
             _write_record(_path(run, number, "json"), me)
         except FileExistsError:
             lock.release()
-            raise RunHeldError(_held(run, record(run, number))) from None
+            raise RunHeldError(held(run, record(run, number))) from None
         except BaseException:
             # A record without a job behind it would be waited for on another machine.
             with contextlib.suppress(OSError):
@@ -315,11 +321,12 @@ def _watch(run: Path, number: int, who: Json | None, stale: float) -> None:
     end = time.monotonic() + stale
     while time.monotonic() < end:
         if counter() != first or generations(run)[-1] != number:
-            raise RunHeldError(_held(run, who))
+            raise RunHeldError(held(run, who))
         time.sleep(min(0.5, stale / 20))
 
 
-def _held(run: Path, who: Json | None) -> str:
+def held(run: Path, who: Json | None) -> str:
+    """A sentence on who holds a run, and what to do about it."""
     holder = "another job"
     if who is not None:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("started", 0)))
