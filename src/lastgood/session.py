@@ -8,10 +8,8 @@ import json
 import logging
 import secrets
 import socket
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from lastgood import catalog, disk, generation
 from lastgood.coordinate import Channel
@@ -19,7 +17,7 @@ from lastgood.errors import LastGoodError, PeerError, RunHeldError
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
-from lastgood.world import World, job_id
+from lastgood.world import World, default_store, job_id
 
 _log = logging.getLogger("lastgood")
 _joined: dict[tuple[Path, int], int] = {}
@@ -240,24 +238,13 @@ def make_run(run: Path, group: int | None) -> None:
         ) from error
 
 
-def _default_store() -> Any:
-    """The store of the training's process group, or None where there is none."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    with contextlib.suppress(Exception):
-        # Private in torch, but there since 1.6; without it ranks still find each other through the run directory.
-        return distributed.distributed_c10d._get_default_store()
-    return None
-
-
 def _store_key(run: Path) -> str:
     return "lastgood/" + hashlib.sha256(str(run).encode()).hexdigest()[:16]
 
 
 def _publish(run: Path, invitation: Json) -> None:
     """Tell the address through the training's store too: ranks that do not see the disk can then say so at once."""
-    store = _default_store()
+    store = default_store()
     if store is not None:
         store.set(_store_key(run), json.dumps(invitation))
 
@@ -270,7 +257,7 @@ def _refuse(run: Path, error: Exception) -> None:
 
 
 def _published(run: Path) -> Json | None:
-    store = _default_store()
+    store = default_store()
     if store is None or not store.check([_store_key(run)]):
         return None
     return json.loads(store.get(_store_key(run)))

@@ -18,6 +18,7 @@ from rank_processes import Rank, World, checkpoints, die, events, freeze, run_ra
 import lastgood
 from lastgood import Keep, LastGoodError, PeerError, RunHeldError, SaveError, catalog, disk, generation
 from lastgood.files import is_temporary
+from lastgood.world import job_id
 
 
 def state(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -71,6 +72,50 @@ def test_a_job_of_many_ranks_holds_the_run_as_one(tmp_path: Path) -> None:
     (tmp_path / "1" / "mark-tried").touch()
     for e in world.wait():
         e.ok()
+
+
+def test_two_jobs_that_start_at_once_do_not_mix(tmp_path: Path) -> None:
+    """No launcher tells them apart: the process group of each does."""
+    first, second = tmp_path / "1", tmp_path / "2"
+
+    def one(rank: Rank) -> int:
+        rank.group()
+        if rank.rank:
+            wait_until(lambda: (second / "mark-tried").exists(), "the rank of the other job")
+        with rank.checkpointer(state=state(), replicated=["*"], deadline=30.0) as ckpt:
+            return ckpt.restore()
+
+    def other(rank: Rank) -> str:
+        rank.group()
+        if rank.rank == 0:
+            rank.await_mark("tried")  # late: it has not even tried to take the run
+            return ""
+        wait_until(lambda: (rank.run / "generations" / "00000001.json").exists(), "the first job")
+        try:
+            with pytest.raises(PeerError) as caught:
+                rank.checkpointer(state=state(), replicated=["*"], deadline=2.0)
+        finally:
+            rank.mark("tried")
+        return str(caught.value)
+
+    world = World(2, one, first, run=tmp_path / "run", limit=60.0)
+    ended = run_ranks(2, other, second, run=tmp_path / "run", limit=60.0)
+    assert [e.ok() for e in world.wait()] == [0, 0]
+    assert "held by another job" in ended[1].ok()
+
+
+def test_what_tells_jobs_apart_before_there_is_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The master's port under torchrun, which gives it to all its ranks; elsewhere a rank may have one of its own."""
+    for elastic in (False, True):
+        if elastic:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        else:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        found = set()
+        for port in ("29500", "29501"):
+            monkeypatch.setenv("MASTER_PORT", port)
+            found.add(job_id())
+        assert len(found) == (2 if elastic else 1)
 
 
 def test_a_job_that_died_here_is_replaced_at_once(tmp_path: Path) -> None:
