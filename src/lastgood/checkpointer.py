@@ -475,9 +475,11 @@ class Checkpointer:
             self._session.leave()
         self._steady.close()
         self._snapshot.close()
-        self._saver.close(self.deadline)
-        self._session.close()
-        _live.pop(self._key, None)
+        try:
+            self._saver.close(self.deadline)
+        finally:
+            self._session.close()
+            _live.pop(self._key, None)
         handle = self._handle
         if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
             handle.result()
