@@ -151,7 +151,7 @@ class Holder:
         who = record(run, last) if last else None
         ended = last and disk.exists(_path(run, last, "end"))
         if lock is None:
-            raise RunHeldError(held(run, who))
+            raise RunHeldError(_held(run, who))
         if last and not ended and (who is None or who.get("machine") != machine_id()):
             # On this machine the lock has just decided. For another one it may mean nothing.
             try:
@@ -175,7 +175,7 @@ class Holder:
             _write_record(_path(run, number, "json"), me)
         except FileExistsError:
             lock.release()
-            raise RunHeldError(held(run, record(run, number))) from None
+            raise RunHeldError(_held(run, record(run, number))) from None
         except BaseException:
             # A record without a job behind it would be waited for on another machine.
             with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ class Holder:
         if who is not None and who.get("identity") != self._identity:
             raise ReplacedError(
                 f"{self.run} is another run than the one that this job has taken: that was moved away, and a new one "
-                f"({_holder_name(who)}) has its name. Nothing more is committed or deleted by this job."
+                f"({holder_name(who)}) has its name. Nothing more is committed or deleted by this job."
             )
 
     def beat(self) -> None:
@@ -321,12 +321,11 @@ def _watch(run: Path, number: int, who: Json | None, stale: float) -> None:
     end = time.monotonic() + stale
     while time.monotonic() < end:
         if counter() != first or generations(run)[-1] != number:
-            raise RunHeldError(held(run, who))
+            raise RunHeldError(_held(run, who))
         time.sleep(min(0.5, stale / 20))
 
 
-def held(run: Path, who: Json | None) -> str:
-    """A sentence on who holds a run, and what to do about it."""
+def _held(run: Path, who: Json | None) -> str:
     holder = "another job"
     if who is not None:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("started", 0)))
@@ -343,10 +342,11 @@ def held(run: Path, who: Json | None) -> str:
 
 def _replaced(run: Path, number: int) -> str:
     return (
-        f"{run} was taken over by generation {number} ({_holder_name(record(run, number))}) while this job stood "
+        f"{run} was taken over by generation {number} ({holder_name(record(run, number))}) while this job stood "
         "still. Nothing more is committed or deleted by this job; the checkpoints of both are intact."
     )
 
 
-def _holder_name(who: Json | None) -> str:
+def holder_name(who: Json | None) -> str:
+    """Which process a generation's file was written by, for messages."""
     return f"process {who.get('pid')} on {who.get('host')}" if who else "another job"

@@ -170,7 +170,10 @@ class Session:
         except PeerError as error:
             who = generation.holder(self._run)
             if who is not None:
-                raise PeerError(f"{error} Now {generation.held(self._run, who)}") from error
+                raise PeerError(
+                    f"{error} The run is held by {generation.holder_name(who)}: where that is not rank 0 of this job, "
+                    "wait for the end of the other one, or use another directory."
+                ) from error
             if not generation.is_open(self._run):
                 raise
             # Its job ended without a word: on another machine than that one's, rank 0 watches for so long.
