@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,3 +216,43 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path: Pa
     ):
         with pytest.raises(OSError):
             use()
+
+
+@pytest.mark.parametrize("broken", ["add_scalar", "close"])
+def test_scalars_that_cannot_be_written_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """TensorBoard writes in a thread of its own, and raises what happened there at some later call."""
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, broken, full)
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    with lastgood.Checkpointer(tmp_path / "run", w=torch.zeros(3), tensorboard=tmp_path / "b", mirror=mirror) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, blocking=True).result()
+            ckpt._finish_save()
+        end = time.monotonic() + 20
+        while committed(mirror) != [1, 2, 3] and time.monotonic() < end:
+            time.sleep(0.01)
+        assert committed(mirror) == [1, 2, 3], "what follows a save follows all the same"
+    assert (tmp_path / "run/generations/00000001.end").exists()
+    told = [record for record in caplog.records if "no more scalars" in record.getMessage()]
+    assert len(told) == 1 and "No space left" in told[0].getMessage()
+
+
+def test_whatever_fails_at_the_end_the_run_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt = lastgood.Checkpointer(tmp_path, w=torch.zeros(3))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(ckpt._saver, "close", fail)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        ckpt.close()
+    assert (tmp_path / "generations/00000001.end").exists()
+    lastgood.Checkpointer(tmp_path, w=torch.zeros(3)).close()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import catalog, disk, snapshot
+from lastgood import catalog, commit, disk, snapshot
 from lastgood.errors import SaveError
 from lastgood.retain import Keep
 from lastgood.shard import FROZEN
@@ -100,6 +100,47 @@ def test_what_two_checkpoints_share_exists_twice(tmp_path: Path, keep: dict[str,
                 assert all(len(found) > 1 for found in copies(tmp_path).values()), (number, kept)
             wanted = keep["last"] + keep.get("best", 0) + (number // keep["every"] if "every" in keep else 0)
             assert len(kept) <= wanted + 1  # One more may stay for its copy.
+
+
+def test_what_will_only_be_linked_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build()
+    with begin(tmp_path, model, optimizer) as ckpt:
+        for number in (1, 2):
+            step(model, optimizer)
+            save(ckpt, number)
+        # Enough for the trained layer, not for the frozen ones.
+        monkeypatch.setattr(disk, "free_bytes", lambda path: commit._MARGIN + (1 << 18))
+        for number in (3, 4):
+            step(model, optimizer)
+            save(ckpt, number)
+        assert [entry.step for entry in catalog.committed(tmp_path)] == [2, 3, 4]
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        with pytest.raises(SaveError, match="the save needs"):
+            save(ckpt, 5)
+        # It would have had to write all: old checkpoints gave what they had, and the last two stay.
+        assert [entry.step for entry in catalog.entries(tmp_path)] == [3, 4]
+
+
+def test_what_could_not_be_linked_after_all_is_not_written_into_too_little_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EMLINK, "Too many links")
+
+    model, optimizer = build()
+    with begin(tmp_path, model, optimizer) as ckpt:
+        for number in (1, 2, 3):
+            step(model, optimizer)
+            save(ckpt, number)
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "free_bytes", lambda path: commit._MARGIN + (1 << 18))
+            patched.setattr(disk, "link", refuse)
+            step(model, optimizer)
+            with pytest.raises(SaveError, match="the save needs"):
+                save(ckpt, 4)
+        assert [entry.step for entry in catalog.entries(tmp_path)] == [1, 2, 3]
+        save(ckpt, 5)
 
 
 def test_neighbours_never_share_a_file(tmp_path: Path) -> None:

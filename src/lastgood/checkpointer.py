@@ -70,7 +70,8 @@ class Checkpointer:
 
     Raises:
         RunHeldError: another job uses the run.
-        PeerError: a rank did not come within `deadline`, or does not see the same directory.
+        PeerError: a rank did not come within `deadline` (rank 0: within `stale` more, where the job before did not give
+            the run back), or does not see the same directory.
         LastGoodError: an argument cannot be used.
     """
 
@@ -477,9 +478,11 @@ class Checkpointer:
             self._session.leave()
         self._steady.close()
         self._snapshot.close()
-        self._saver.close(self.deadline)
-        self._session.close()
-        _live.pop(self._key, None)
+        try:
+            self._saver.close(self.deadline)
+        finally:
+            self._session.close()
+            _live.pop(self._key, None)
         handle = self._handle
         if handle is not None and handle.state in ("failed", "unknown") and not handle.seen:
             handle.result()

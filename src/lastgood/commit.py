@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,18 @@ from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.frozen import Frozen
 from lastgood.generation import Holder
-from lastgood.manifest import NAME, Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, Written, check, checksum
+from lastgood.manifest import (
+    DTYPE_BYTES,
+    NAME,
+    Chunk,
+    Manifest,
+    RankRecord,
+    ShardRecord,
+    TensorRecord,
+    Written,
+    check,
+    checksum,
+)
 from lastgood.part import (
     Committed,
     Request,
@@ -68,6 +80,8 @@ class Root:
         """Ranks without whose random state training goes on."""
         self._reported: dict[int, Json] = {}
         """What each rank alone had, by its last report."""
+        self._own_bytes: dict[int, int] = {}
+        """How many bytes each rank wrote of its own, by its last report."""
         self._complete: list[tuple[catalog.Entry, str]] = []
         """Attempts whose data are complete, but whose manifest another program has open, and their message prefix."""
         self._litter: list[tuple[catalog.Entry, str, set[int]]] = []
@@ -105,9 +119,9 @@ class Root:
         try:
             self._holder.check()
             self.clear()
-            make_room(request.layout.size + _MARGIN)
+            make_room(self._needed(request))
             name = self._make_directory(request.step)
-            result = self._save(request, prefix, name)
+            result = self._save(request, prefix, name, make_room)
         except BaseException as error:
             reason = str(error) if isinstance(error, LastGoodError) else f"{type(error).__name__}: {error}"
             self._channel.post(prefix + "outcome", {"failed": reason})
@@ -156,7 +170,22 @@ class Root:
                 raise
             return name
 
-    def _save(self, request: Request, prefix: str, name: str) -> Committed:
+    def _needed(self, request: Request) -> int:
+        """Bytes that the save takes on the disk, over all ranks, as far as rank 0 can know."""
+        layout, tensors = request.layout, request.tensors
+        needed = layout.size + _MARGIN
+        if self.frozen.may_link(layout.frozen):
+            needed -= sum(piece.size for piece in layout.frozen)
+        if self._world.size == 1:
+            return needed
+        sharded = {name: t for name, t in tensors.items() if t.placement is Placement.SHARDED}
+        whole = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] for t in sharded.values())
+        mine = sum(piece.size for piece in layout.share if piece.name in sharded)
+        # What else the others have of their own shows when they have saved once.
+        before = sum(size for rank, size in self._own_bytes.items() if rank not in self._absent)
+        return needed + max(whole - mine, before)
+
+    def _save(self, request: Request, prefix: str, name: str, make_room: Callable[[int], None]) -> Committed:
         layout, directory = request.layout, self._run / name
         attempt = secrets.token_hex(8)
         others = self._expected(request.step)
@@ -180,7 +209,7 @@ class Root:
         if layout.share or not layout.frozen:
             files.append(write_file(directory / "00000.safetensors", layout.share, request.buffer))
         if layout.frozen:
-            files.append(self._write_frozen(directory / FROZEN, request))
+            files.append(self._write_frozen(directory / FROZEN, request, make_room))
         expected_shares = {
             writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
             for writer, pieces in layout.others.items()
@@ -216,6 +245,7 @@ class Root:
                 files.append(file)
         manifest = self._manifest(request, attempt, reports, held, files)
         written = self._commit(directory, manifest, request)
+        self._own_bytes.update({rank: sum(file["size"] for file in report["own"]) for rank, report in reports.items()})
         self._reported.update(
             {rank: {"local": report["local"], "objects": report["objects"]} for rank, report in reports.items()}
         )
@@ -223,11 +253,14 @@ class Root:
         self.frozen.committed()
         return Committed(directory, manifest.tensor_bytes, missing, bool(layout.frozen), written)
 
-    def _write_frozen(self, path: Path, request: Request) -> Json:
+    def _write_frozen(self, path: Path, request: Request, make_room: Callable[[int], None]) -> Json:
         """The file of what does not change: by hard link where that is safe, else written."""
         pieces, buffer = request.layout.frozen, request.buffer
+        uncounted = self.frozen.may_link(pieces)
         record = self.frozen.link(path.parent, pieces, buffer)
         if record is None:
+            if uncounted:
+                make_room(sum(piece.size for piece in pieces) + _MARGIN)
             record = write_file(path, pieces, buffer)
             self.frozen.wrote(path, record)
         buffer.keep(pieces, [row[7] for row in record["pieces"]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -26,6 +27,12 @@ _log = logging.getLogger("lastgood")
 _HELLO_BYTES = 1 << 16
 _MESSAGE_BYTES = 1 << 30
 _HELLO_SECONDS = 10.0
+_STUMBLE_SECONDS = 1.0
+_TALK = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What a connection raises whose other side is gone, or speaks another language; JSON may be nested too deeply."""
+
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+"""Addresses on no machine in the world (RFC 5737, RFC 3849): the way there is the way to every other network."""
 
 
 class _Connection:
@@ -148,7 +155,7 @@ class Channel:
                     try:
                         self._hello(address, invitation)
                         return invitation
-                    except (OSError, ValueError, KeyError) as error:
+                    except _TALK as error:
                         reason = f"rank 0 could not be reached at {address}:{invitation.get('port')}: {error}"
             if time.monotonic() > deadline:
                 raise PeerError(
@@ -314,7 +321,13 @@ class Channel:
     def _serve(self) -> None:
         while not self._stopping:
             timeout = max(0.0, min(self._due) - time.monotonic()) if self._due else None
-            self._turn(timeout)
+            try:
+                self._turn(timeout)
+            except Exception:
+                # The heart beats in this thread: without it another job would take the run from a living one.
+                if not self._stopping:
+                    _log.exception("lastgood: the messages between the ranks stumbled; they go on")
+                    time.sleep(_STUMBLE_SECONDS)
             for index, (seconds, task) in enumerate(self._tasks):
                 if time.monotonic() >= self._due[index]:
                     self._due[index] = time.monotonic() + seconds
@@ -349,12 +362,15 @@ class Channel:
             sock, _ = self._listener.accept()
         except OSError:
             return  # It was closed again before we looked.
-        sock.setblocking(False)
-        _keep_alive(sock)
-        connection = _Connection(sock)
-        connection.queue({"nonce": connection.nonce})
-        connection.send()
-        self._selector.register(sock, selectors.EVENT_READ, connection)
+        try:
+            sock.setblocking(False)
+            _keep_alive(sock)
+            connection = _Connection(sock)
+            connection.queue({"nonce": connection.nonce})
+            connection.send()
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+        except OSError:
+            sock.close()  # It was reset meanwhile.
 
     def _move(self, connection: _Connection, events: int) -> None:
         try:
@@ -366,7 +382,7 @@ class Channel:
                 return self._close(connection, "its connection was closed")
             for message in messages:
                 self._take(connection, message)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _TALK as error:
             self._close(connection, str(error))
 
     def _take(self, connection: _Connection, message: Json) -> None:
@@ -463,20 +479,25 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
 
 
 def _own_addresses() -> list[str]:
-    """Addresses of this machine, the likeliest first."""
-    found: list[str] = []
-    master = os.environ.get("MASTER_ADDR")
-    if master:
-        # The address that this machine uses towards the master; connecting a datagram socket sends nothing.
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                try:
-                    probe.connect((master, 9))
-                except OSError:
-                    continue
-                found.append(probe.getsockname()[0])
-    try:
-        found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
-    except OSError:
-        found.append(socket.gethostname())
-    return list(dict.fromkeys([*found, "127.0.0.1", "::1"]))
+    """Addresses and names of this machine, the likeliest first."""
+    name, master = socket.gethostname(), os.environ.get("MASTER_ADDR")
+    found = []
+    for target in (master, *_ELSEWHERE):
+        # The address that this machine uses towards another; connecting a datagram socket sends nothing.
+        for family in (socket.AF_INET, socket.AF_INET6) if target else ():
+            with contextlib.suppress(OSError, UnicodeError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                found.append(str(probe.getsockname()[0]))
+    names = [master or name, name]
+    with contextlib.suppress(OSError, UnicodeError):
+        for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME):
+            found.append(str(info[4][0]))
+            names.append(info[3] or name)
+    # Names too: of its own one a machine may know no more than a loopback address, where the others know the right one.
+    loopback = [address for address in found if _is_loopback(address)]
+    others = [address for address in found if address not in loopback]
+    return list(dict.fromkeys([*others, *names, *loopback, "127.0.0.1", "::1"]))
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -75,6 +75,12 @@ def _path(run: Path, number: int, kind: str) -> Path:
     return run / "generations" / f"{number:08d}.{kind}"
 
 
+def is_open(run: Path) -> bool:
+    """Whether the last job on a run did not give it back: it lives, or ended without a word."""
+    taken = generations(run)
+    return bool(taken) and not disk.exists(_path(run, taken[-1], "end"))
+
+
 def holder(run: Path, *, patience: float = 3 * BEAT_SECONDS) -> Json | None:
     """What the file of the job that holds the run says, or None where no job seems to. Takes nothing.
 
@@ -215,7 +221,7 @@ class Holder:
         if who is not None and who.get("identity") != self._identity:
             raise ReplacedError(
                 f"{self.run} is another run than the one that this job has taken: that was moved away, and a new one "
-                f"({_holder_name(who)}) has its name. Nothing more is committed or deleted by this job."
+                f"({holder_name(who)}) has its name. Nothing more is committed or deleted by this job."
             )
 
     def beat(self) -> None:
@@ -346,10 +352,11 @@ def _held(run: Path, who: Json | None) -> str:
 
 def _replaced(run: Path, number: int) -> str:
     return (
-        f"{run} was taken over by generation {number} ({_holder_name(record(run, number))}) while this job stood "
+        f"{run} was taken over by generation {number} ({holder_name(record(run, number))}) while this job stood "
         "still. Nothing more is committed or deleted by this job; the checkpoints of both are intact."
     )
 
 
-def _holder_name(who: Json | None) -> str:
+def holder_name(who: Json | None) -> str:
+    """Which process a generation's file was written by, for messages."""
     return f"process {who.get('pid')} on {who.get('host')}" if who else "another job"

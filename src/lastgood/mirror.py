@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,8 @@ class Copier:
         self._idle.set()
         self._closing = False
         self._away = False
+        self._damaged: set[str] = set()
+        """Checkpoints of the run that cannot be copied."""
         self._thread = threading.Thread(target=self._work, name="lastgood-mirror", daemon=True)
         self._thread.start()
 
@@ -99,11 +102,31 @@ class Copier:
         there = {entry.name for entry in catalog.committed(self._to)}
         wanted = [e for e in here if e.step % self._mirror.every == 0 or (everything and e == here[-1])]
         # The newest first: if the run's disk dies now, it is the one that is needed.
+        behind: DamagedError | None = None
         for entry in reversed(wanted):
-            if entry.name not in there and not self._is_done_for(entry, here):
+            if entry.name in there or entry.name in self._damaged or self._is_done_for(entry, here):
+                continue
+            try:
                 self._copy(entry)
+            except DamagedError as error:
+                if not self._is_lost(entry):
+                    behind = error
         self._copy_bases()
+        self._clear()
         self._retain()
+        if behind is not None:
+            raise behind
+
+    def _is_lost(self, entry: Entry) -> bool:
+        """Whether it is the run's own checkpoint that is gone or damaged, and not the copy. Damage is said once."""
+        try:
+            catalog.check_full(entry)
+        except DamagedError as error:
+            if entry.is_committed():  # Retention deletes the manifest first.
+                self._damaged.add(entry.name)
+                self._events.report("skip", entry, f"it is not copied to the mirror {self._to}: {error}")
+            return True
+        return False
 
     def _is_done_for(self, entry: Entry, here: list[Entry]) -> bool:
         """Whether the mirror's retention would delete it at once."""
@@ -118,12 +141,15 @@ class Copier:
         manifest = catalog.check_quick(entry)
         target = Entry(entry.generation, entry.step, entry.attempt, entry.name, self._to)
         if disk.exists(target.path):
+            self._holder.check()
+            if target.is_committed():
+                return  # The job before this one had more time than we thought.
             # A copy that was broken off: without a manifest it is no checkpoint.
             catalog.delete(target)
         disk.make_dir(target.path)
         for record in manifest.shards:
             _copy_file(entry.path / record.file, target.path / record.file)
-        data = disk.read_bytes(entry.path / NAME, limit=1 << 30)
+        data = b"".join(bytes(block) for block in _read(entry.path / NAME))
         temporary = target.path / (NAME + ".tmp")
         with disk.NewFile(temporary) as file:
             file.write(data)
@@ -155,6 +181,13 @@ class Copier:
                 disk.make_dirs(directory)
                 replace_file(directory / f"{number:08d}.base", lambda file, note=note: _write(file, note))  # type: ignore[misc]
 
+    def _clear(self) -> None:
+        """Delete what is left of copies that were broken off, of which nobody knows whether they will be made again."""
+        for entry in catalog.entries(self._to):
+            if not entry.is_committed():
+                self._holder.check()
+                catalog.delete(entry)
+
     def _retain(self) -> None:
         known = [known_of(entry) for entry in catalog.committed(self._to)]
         if not known:
@@ -163,6 +196,7 @@ class Copier:
         for k in choose(known, branch, self._keep):
             self._holder.check()
             catalog.delete(k.entry)
+            self._events.report("delete", k.entry, f"the retention policy, in the mirror {self._to}")
 
 
 def _write(file: object, text: str) -> None:
@@ -170,10 +204,20 @@ def _write(file: object, text: str) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    block = memoryview(bytearray(_BLOCK))
-    with disk.open_read(source) as old, disk.NewFile(target) as new:
-        at = 0
-        while got := disk.read_into(old, at, block):
-            new.write(block[:got])
-            at += got
+    with disk.NewFile(target) as new:
+        for block in _read(source):
+            new.write(block)
         new.sync()
+
+
+def _read(source: Path) -> Iterator[memoryview]:
+    """The bytes of a file of the run. Raises DamagedError: an OSError is always the mirror's."""
+    block = memoryview(bytearray(_BLOCK))
+    at = 0
+    try:
+        with disk.open_read(source) as file:
+            while got := disk.read_into(file, at, block):
+                yield block[:got]
+                at += got
+    except OSError as error:
+        raise DamagedError(f"{source} cannot be read: {error}") from error

@@ -202,7 +202,7 @@ class Saver:
         if free < needed:
             raise SaveError(
                 f"{self._run} has {format_bytes(free)} left, and the save needs {format_bytes(needed)}. Nothing was "
-                "written, and the last good checkpoint stays. Free some space, or keep fewer checkpoints (Keep)."
+                "committed, and the last good checkpoint stays. Free some space, or keep fewer checkpoints (Keep)."
             )
 
     def _after(self, request: part.Request, handle: SaveHandle, done: part.Committed, seconds: float) -> None:

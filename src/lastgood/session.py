@@ -8,22 +8,22 @@ import json
 import logging
 import secrets
 import socket
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from lastgood import catalog, disk, generation
 from lastgood.coordinate import Channel
-from lastgood.errors import LastGoodError, PeerError
+from lastgood.errors import LastGoodError, PeerError, RunHeldError
 from lastgood.generation import BEAT_SECONDS, Holder
 from lastgood.program import Events
 from lastgood.values import Json
-from lastgood.world import World
+from lastgood.world import World, default_store, job_id
 
 _log = logging.getLogger("lastgood")
 _joined: dict[tuple[Path, int], int] = {}
 """By run and rank, the last generation that this process joined: a later Checkpointer waits for a later one."""
+_tries: dict[tuple[Path, int], int] = {}
+"""By run and rank, how often this process tried to take part in a job on it. The ranks of a program try alike."""
 _PROBE = ".lastgood-write-test-"
 """Begins the name of the empty file by which a start sees that it may write. One that was killed leaves it behind."""
 _DISK_SECONDS = 10.0
@@ -40,12 +40,12 @@ class Session:
         self.channel = Channel(world)
         self.holder: Holder | None = None
         self.generation = 0
-        end = time.monotonic() + deadline
+        _tries[run, world.rank] = _tries.get((run, world.rank), 0) + 1
         try:
             if world.rank == 0:
-                self._open(end, stale)
+                self._open(deadline, stale)
             else:
-                self._join(end)
+                self._join(deadline, stale)
         except BaseException:
             self.close()
             raise
@@ -53,15 +53,16 @@ class Session:
 
     # -- rank 0 ---------------------------------------------------------------------------------------------------
 
-    def _open(self, end: float, stale: float) -> None:
-        make_run(self._run, self._group)
-        invitation: dict[str, Json] = {}
-        if self._world.size > 1:
-            addresses = self.channel.listen()
-            invitation = {"addresses": addresses, "port": self.channel.port, "token": self.channel.token}
-        self.holder = Holder.take(
-            self._run, self._world, invitation, at_least=self._lowest(), group=self._group, stale=stale
-        )
+    def _open(self, deadline: float, stale: float) -> None:
+        try:
+            invitation = self._take(stale)
+        except Exception as error:
+            if self._world.size > 1:
+                _refuse(self._run, error)
+            raise
+        # Not before: to watch the heart of a job on another machine takes its own time.
+        end = time.monotonic() + deadline
+        assert self.holder is not None
         self.generation = self.holder.number
         self.channel.every(BEAT_SECONDS, self.holder.beat)
         self.channel.start()
@@ -88,6 +89,18 @@ class Session:
         self.channel.admit_no_more()
         if problem:
             raise PeerError(problem)
+
+    def _take(self, stale: float) -> dict[str, Json]:
+        """Take the run. Returns how the other ranks reach this one."""
+        make_run(self._run, self._group)
+        invitation: dict[str, Json] = {}
+        if self._world.size > 1:
+            addresses = self.channel.listen()
+            invitation = {"addresses": addresses, "port": self.channel.port, "token": self.channel.token}
+        self.holder = Holder.take(
+            self._run, self._world, invitation, at_least=self._lowest(), group=self._group, stale=stale
+        )
+        return invitation
 
     def _lowest(self) -> int:
         """The lowest generation after all that is here: also in a run that was copied without its `generations`, or a
@@ -137,25 +150,47 @@ class Session:
 
     # -- another rank ---------------------------------------------------------------------------------------------
 
-    def _join(self, end: float) -> None:
+    def _join(self, deadline: float, stale: float) -> None:
+        check_place(self._run)
         after = _joined.get((self._run, self._world.rank), 0)
 
         def find() -> list[Json]:
-            seen = [_published(self._run)]
+            seen = [published := _published(self._run)]
+            if published and "refused" in published:
+                self._tell_refusal(published)
             taken = generation.generations(self._run)
             if taken:
                 record = generation.record(self._run, taken[-1])
                 seen.append(None if record is None else {**record, "generation": taken[-1]})
             return [who for who in seen if who and who.get("port") and who["generation"] > after]
 
-        invitation = self.channel.join(find, end)
+        end = time.monotonic() + deadline
+        try:
+            invitation = self.channel.join(find, end)
+        except PeerError as error:
+            who = generation.holder(self._run)
+            if who is not None:
+                raise PeerError(
+                    f"{error} The run is held by {generation.holder_name(who)}: where that is not rank 0 of this job, "
+                    "wait for the end of the other one, or use another directory."
+                ) from error
+            if not generation.is_open(self._run):
+                raise
+            # Its job ended without a word: on another machine than that one's, rank 0 watches for so long.
+            invitation = self.channel.join(find, end + stale)
         self.channel.start()
         self.generation = int(invitation["generation"])
         self.channel.post("joined", {"sees": self._sees(invitation), "host": socket.gethostname()})
-        start = self.channel.receive("start", end + _DISK_SECONDS)
+        start = self.channel.receive("start", time.monotonic() + deadline + _DISK_SECONDS)
         if start["problem"]:
             raise PeerError(start["problem"])
         self.generation = start["generation"]
+
+    def _tell_refusal(self, published: Json) -> None:
+        """Raise what rank 0 was refused with, unless it was at an earlier try, or in an earlier life of the job."""
+        if published["job"] == job_id() and published["tries"] >= _tries[self._run, self._world.rank]:
+            kind = RunHeldError if published["held"] else LastGoodError
+            raise kind(f"rank 0 could not take the run: {published['refused']}")
 
     def _sees(self, invitation: Json) -> bool:
         """Whether the run directory here is the one that rank 0 has taken."""
@@ -182,10 +217,15 @@ class Session:
                 _log.warning("%s", error)
 
 
-def make_run(run: Path, group: int | None) -> None:
-    """Make the run directory where it does not exist. Raises LastGoodError where that cannot be."""
+def check_place(run: Path) -> None:
+    """Raise LastGoodError where a file has the name of the run."""
     if disk.exists(run) and not disk.is_dir(run):
         raise LastGoodError(f"{run} is a file: a run is a directory. Move the file away or choose another name.")
+
+
+def make_run(run: Path, group: int | None) -> None:
+    """Make the run directory where it does not exist. Raises LastGoodError where that cannot be."""
+    check_place(run)
     try:
         disk.make_dirs(run)
         disk.sync_names(run)
@@ -201,30 +241,26 @@ def make_run(run: Path, group: int | None) -> None:
         ) from error
 
 
-def _default_store() -> Any:
-    """The store of the training's process group, or None where there is none."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    with contextlib.suppress(Exception):
-        # Private in torch, but there since 1.6; without it ranks still find each other through the run directory.
-        return distributed.distributed_c10d._get_default_store()
-    return None
-
-
 def _store_key(run: Path) -> str:
     return "lastgood/" + hashlib.sha256(str(run).encode()).hexdigest()[:16]
 
 
 def _publish(run: Path, invitation: Json) -> None:
     """Tell the address through the training's store too: ranks that do not see the disk can then say so at once."""
-    store = _default_store()
+    store = default_store()
     if store is not None:
         store.set(_store_key(run), json.dumps(invitation))
 
 
+def _refuse(run: Path, error: Exception) -> None:
+    """Tell through the training's store why there will be no invitation: the others need not wait for one."""
+    held = isinstance(error, RunHeldError)
+    with contextlib.suppress(Exception):  # Whatever befalls the store: what the run was refused with is to be seen.
+        _publish(run, {"refused": str(error), "held": held, "tries": _tries[run, 0], "job": job_id()})
+
+
 def _published(run: Path) -> Json | None:
-    store = _default_store()
+    store = default_store()
     if store is None or not store.check([_store_key(run)]):
         return None
     return json.loads(store.get(_store_key(run)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import socket
 import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lastgood import disk
 from lastgood.errors import LastGoodError
@@ -67,15 +69,35 @@ def _environment_int(name: str) -> int | None:
 
 
 def job_id() -> str:
-    """The same on all ranks of one launch, where the launcher says anything at all; differs between launches."""
-    names = (
+    """The same on all ranks of one launch, as far as anything that they surely have in common tells launches apart."""
+    names = [
         "TORCHELASTIC_RUN_ID",
         "TORCHELASTIC_RESTART_COUNT",
         "SLURM_JOB_ID",
         "SLURM_STEP_ID",
         "OMPI_MCA_ess_base_jobid",
-    )
-    return hashlib.sha256("\0".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
+    ]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun gives them to all its ranks. Elsewhere each may have its own: "localhost" on the master itself.
+        names += ["MASTER_ADDR", "MASTER_PORT"]
+    texts = [os.environ.get(name, "") for name in names]
+    store = default_store()
+    if store is not None:
+        with contextlib.suppress(Exception):
+            # The first rank to come writes it, and all read the same: neither waits for another.
+            texts.append(store.compare_set("lastgood/job", "", secrets.token_hex(8)).decode())
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def default_store() -> Any:
+    """The store of the training's process group, or None where there is none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    with contextlib.suppress(Exception):
+        # Private in torch, but there since 1.6; without it ranks still find each other through the run directory.
+        return distributed.distributed_c10d._get_default_store()
+    return None
 
 
 def machine_id() -> str:

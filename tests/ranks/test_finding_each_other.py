@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 from rank_processes import Rank, checkpoints, run_ranks
 
 import lastgood
-from lastgood import LastGoodError, PeerError, RunHeldError
+from lastgood import LastGoodError, PeerError, RunHeldError, coordinate
 from lastgood.coordinate import Channel
 from lastgood.world import World, detect_world
 
@@ -158,10 +163,42 @@ def test_a_master_that_is_no_use_is_no_harm(tmp_path: Path, master: str) -> None
     assert [e.ok() for e in run_ranks(2, main, tmp_path)] == [expected] * 2
 
 
+def test_a_host_whose_name_is_its_loopback_is_found_by_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian writes `127.0.1.1 node1.cluster node1` into /etc/hosts: others know what the name means, it does not."""
+
+    def look_up(host: Any, *rest: Any, **options: Any) -> list[Any]:
+        assert host in ("node1", "master.cluster")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "node1.cluster", ("127.0.1.1", 0))]
+
+    class Probe(socket.socket):
+        def connect(self, address: Any) -> None:
+            if address[0] != "master.cluster":
+                raise OSError(101, "Network is unreachable")
+            super().connect(("127.0.0.1", address[1]))
+
+    monkeypatch.setenv("MASTER_ADDR", "master.cluster")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "socket", Probe)
+    found = coordinate._own_addresses()
+    assert found[:3] == ["master.cluster", "node1", "node1.cluster"]
+    assert set(found[3:]) == {"127.0.0.1", "127.0.1.1", "::1"}, "last, for ranks on this machine"
+
+
+def test_addresses_of_a_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Probe(socket.socket):
+        def __init__(self, family: int = socket.AF_INET, *rest: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            super().__init__(family, *rest)
+
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert "127.0.0.1" in coordinate._own_addresses()
+
+
 def test_without_ipv6(tmp_path: Path) -> None:
     def main(rank: Rank) -> str:
-        import socket
-
         create = socket.create_server
 
         def refusing(address: Any, **options: Any) -> Any:
@@ -186,7 +223,6 @@ def test_on_one_machine_only_loopback_listens() -> None:
 def test_strangers_at_the_port_are_turned_away(tmp_path: Path) -> None:
     def main(rank: Rank) -> str:
         import json
-        import socket
 
         ckpt = rank.checkpointer(state=state(), replicated=["*"])
         if rank.rank == 0:
@@ -206,6 +242,77 @@ def test_strangers_at_the_port_are_turned_away(tmp_path: Path) -> None:
     ended = run_ranks(2, main, tmp_path)
     assert [e.ok() for e in ended] == ["committed"] * 2
     assert not ended[0].logged("WARNING")
+
+
+def listening() -> tuple[Channel, threading.Event]:
+    """Rank 0's channel before its thread starts, with a task as the heartbeat is one."""
+    channel = Channel(World(0, 2, one_host=True))
+    channel.listen()
+    beat = threading.Event()
+    channel.every(0.05, beat.set)
+    return channel, beat
+
+
+def test_a_stranger_that_resets_its_connection_does_not_stop_the_heart() -> None:
+    channel, beat = listening()
+    for _ in range(3):
+        stranger = socket.create_connection(("127.0.0.1", channel.port))
+        # Closed by a reset, before rank 0 has said a word.
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()
+    channel.start()
+    time.sleep(0.3)
+    beat.clear()
+    assert beat.wait(20)
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 60000,
+        b"[]",
+        b"7",
+        b"null",
+        b'{"rank":1,"size":2,"job":"","mac":"\xc3\xa9"}',
+        b'{"rank":[],"size":2,"job":"","mac":7}',
+        b'{"rank":' + b"9" * 60000 + b"}",
+    ],
+    ids=["nested deeply", "list", "number", "null", "no ASCII", "wrong types", "huge number"],
+)
+def test_whatever_a_stranger_says_does_not_stop_the_heart(text: bytes) -> None:
+    channel, beat = listening()
+    channel.start()
+    with socket.create_connection(("127.0.0.1", channel.port)) as stranger:
+        stranger.sendall(len(text).to_bytes(8, "little") + text)
+        stranger.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(4096):
+                pass
+    beat.clear()
+    assert beat.wait(20)
+    channel.close()
+
+
+def test_an_error_that_nobody_foresaw_does_not_stop_the_heart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel, beat = listening()
+    stumbled = threading.Event()
+
+    def accept() -> None:
+        monkeypatch.undo()
+        stumbled.set()
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(channel, "_accept", accept)
+    channel.start()
+    with socket.create_connection(("127.0.0.1", channel.port)):
+        assert stumbled.wait(20)
+        beat.clear()
+        assert beat.wait(20)
+    assert "unforeseen" in caplog.text
+    channel.close()
 
 
 # -- launched for real ------------------------------------------------------------------------------------------------

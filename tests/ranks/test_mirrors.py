@@ -13,6 +13,7 @@ import torch
 from rank_processes import Rank, World, checkpoints, events, run_ranks, wait_until
 
 from lastgood import DamagedError, Keep, LastGoodError, Mirror, catalog, disk
+from lastgood import mirror as mirror_module
 
 
 def state(value: float = 0.0) -> dict[str, torch.Tensor]:
@@ -221,3 +222,135 @@ def test_a_damaged_checkpoint_is_not_mirrored(tmp_path: Path) -> None:
     assert {"step-00000002", "step-00000003.g2"} <= set(checkpoints(tmp_path / "mirror")), "the others arrive"
     with pytest.raises(DamagedError):
         catalog.check_full(catalog.committed(tmp_path / "run")[0])
+
+
+def test_one_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(tmp_path: Path) -> None:
+    """Neither older ones nor the notes nor retention; it is said once, and not read again with every save."""
+
+    def first(rank: Rank) -> None:
+        save(rank, [1, 2, 3], mirror=None)
+
+    def second(rank: Rank) -> None:
+        options = {"mirror": rank.run.with_name("mirror"), "keep": Keep(last=20)}
+        with rank.checkpointer(state=state(), **options) as ckpt:
+            ckpt.restore(step=3)
+            for step in (4, 5):
+                ckpt.save(step, blocking=True).result()
+                wait_until(lambda step=step: f"step-{step:08d}.g2" in checkpoints(tmp_path / "mirror"), "the copy")  # type: ignore[misc]
+            wait_until(lambda: (tmp_path / "mirror/generations/00000002.base").exists(), "the note")
+
+    run(tmp_path, "1", first, size=1)[0].ok()
+    path = tmp_path / "run" / "step-00000002" / "00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+    (ended,) = run(tmp_path, "2", second, size=1)
+    ended.ok()
+    names = ["step-00000001", "step-00000003", "step-00000004.g2", "step-00000005.g2"]
+    assert checkpoints(tmp_path / "mirror") == names
+    assert len(ended.logged("step-00000002")) == 1 and ended.logged("is not copied to the mirror")
+    assert not ended.logged("is behind") and not ended.logged("not up to date")
+    assert not (tmp_path / "mirror" / "step-00000002").exists()
+    told = [e["checkpoint"] for e in events(tmp_path / "run", "skip")]
+    assert told == ["step-00000002"]
+
+
+def test_a_copy_whose_source_retention_deletes_meanwhile_leaves_nothing(tmp_path: Path) -> None:
+    def main(rank: Rank) -> None:
+        def observe(op: disk.Operation, when: str) -> None:
+            if (
+                op.name == "sync"
+                and when == "before"
+                and "mirror" in op.path.parts
+                and "step-00000001" in op.path.parts
+            ):
+                shutil.rmtree(rank.run / "step-00000001")
+
+        disk.observer = observe
+        with rank.checkpointer(state=state(), mirror=rank.run.with_name("mirror"), keep=Keep(last=20)) as ckpt:
+            ckpt.save(1, blocking=True).result()
+            wait_until(lambda: not (rank.run / "step-00000001").exists(), "the deletion")
+            ckpt.save(2, blocking=True).result()
+
+    (ended,) = run(tmp_path, "1", main, size=1)
+    ended.ok()
+    assert catalog.entries(tmp_path / "mirror") == catalog.committed(tmp_path / "mirror")
+    assert checkpoints(tmp_path / "mirror") == ["step-00000002"]
+    assert not ended.logged("is behind") and not ended.logged("damaged")
+
+
+def test_what_a_killed_job_had_half_copied_goes_when_its_source_is_gone(tmp_path: Path) -> None:
+    run(tmp_path, "1", lambda rank: save(rank, [1]), size=1)[0].ok()
+    half = tmp_path / "mirror" / "step-00000000"
+    half.mkdir()
+    (half / "00000.safetensors").write_bytes(b"half a")
+    run(tmp_path, "2", lambda rank: save(rank, [2]), size=1)[0].ok()
+    assert not half.exists()
+    assert checkpoints(tmp_path / "mirror") == ["step-00000001", "step-00000002.g2"]
+
+
+def test_deletions_in_the_mirror_are_logged(tmp_path: Path) -> None:
+    mirror = Mirror(path=tmp_path / "mirror", keep=Keep(last=1))
+    (ended,) = run(tmp_path, "1", lambda rank: save(rank, [1, 2, 3], mirror=mirror), size=1)
+    ended.ok()
+    gone = {e["checkpoint"]: e["why"] for e in events(tmp_path / "run", "delete")}
+    copied = {e["checkpoint"] for e in events(tmp_path / "run", "mirror")}
+    assert set(gone) == copied - {"step-00000003"} and gone
+    assert all("mirror" in why for why in gone.values())
+    assert all(ended.logged(f"deleted {name}") for name in gone)
+
+
+@pytest.mark.parametrize("moment", ["half copied", "copied"])
+def test_a_replaced_job_that_wakes_up_deletes_nothing_in_the_mirror(tmp_path: Path, moment: str) -> None:
+    """It looked before it stood still: what the job after it has put there since is not its own to delete."""
+    target = tmp_path / "mirror" / "step-00000001"
+
+    def main(rank: Rank) -> bool:
+        copy, replaced = mirror_module.Copier._copy, []
+
+        def woken(copier: mirror_module.Copier, entry: catalog.Entry) -> None:
+            # The job after this one takes the run and copies.
+            if moment == "copied":
+                shutil.copytree(entry.path, target)
+                (rank.run / "generations" / "00000002.json").write_text("{}")
+            else:
+                target.mkdir()
+                (target / "half").touch()
+                (rank.run / "generations" / "00000002.json").write_text("{}")
+            replaced.append(True)
+            copy(copier, entry)
+
+        mirror_module.Copier._copy = woken  # type: ignore[method-assign]
+        ckpt = rank.checkpointer(state=state(), mirror=rank.run.with_name("mirror"))
+        ckpt.save(1, blocking=True).result()
+        ckpt.close()
+        return bool(replaced)
+
+    (ended,) = run(tmp_path, "1", main, size=1)
+    assert ended.ok()
+    assert target.is_dir() and ended.logged("taken over by generation 2")
+    assert moment == "copied" or (target / "half").exists()
+    if moment == "copied":
+        catalog.check_full(catalog.committed(tmp_path / "mirror")[0])
+
+
+def test_what_another_job_has_copied_meanwhile_stays(tmp_path: Path) -> None:
+    """Two lives of one job, and the second has caught up when the first looks again: nothing to do."""
+    target = tmp_path / "mirror" / "step-00000001"
+
+    def main(rank: Rank) -> None:
+        copy = mirror_module.Copier._copy
+
+        def late(copier: mirror_module.Copier, entry: catalog.Entry) -> None:
+            if not target.exists():
+                shutil.copytree(entry.path, target)
+            (target / "mark").touch()
+            copy(copier, entry)
+
+        mirror_module.Copier._copy = late  # type: ignore[method-assign]
+        with rank.checkpointer(state=state(), mirror=rank.run.with_name("mirror")) as ckpt:
+            ckpt.save(1, blocking=True).result()
+
+    (ended,) = run(tmp_path, "1", main, size=1)
+    ended.ok()
+    assert (target / "mark").exists() and not ended.logged("WARNING")

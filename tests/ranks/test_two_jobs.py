@@ -16,8 +16,9 @@ import torch
 from rank_processes import Rank, World, checkpoints, die, events, freeze, run_ranks, wait_until
 
 import lastgood
-from lastgood import Keep, LastGoodError, RunHeldError, SaveError, catalog, disk, generation
+from lastgood import Keep, LastGoodError, PeerError, RunHeldError, SaveError, catalog, disk, generation
 from lastgood.files import is_temporary
+from lastgood.world import job_id
 
 
 def state(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -71,6 +72,50 @@ def test_a_job_of_many_ranks_holds_the_run_as_one(tmp_path: Path) -> None:
     (tmp_path / "1" / "mark-tried").touch()
     for e in world.wait():
         e.ok()
+
+
+def test_two_jobs_that_start_at_once_do_not_mix(tmp_path: Path) -> None:
+    """No launcher tells them apart: the process group of each does."""
+    first, second = tmp_path / "1", tmp_path / "2"
+
+    def one(rank: Rank) -> int:
+        rank.group()
+        if rank.rank:
+            wait_until(lambda: (second / "mark-tried").exists(), "the rank of the other job")
+        with rank.checkpointer(state=state(), replicated=["*"], deadline=30.0) as ckpt:
+            return ckpt.restore()
+
+    def other(rank: Rank) -> str:
+        rank.group()
+        if rank.rank == 0:
+            rank.await_mark("tried")  # late: it has not even tried to take the run
+            return ""
+        wait_until(lambda: (rank.run / "generations" / "00000001.json").exists(), "the first job")
+        try:
+            with pytest.raises(PeerError) as caught:
+                rank.checkpointer(state=state(), replicated=["*"], deadline=2.0)
+        finally:
+            rank.mark("tried")
+        return str(caught.value)
+
+    world = World(2, one, first, run=tmp_path / "run", limit=60.0)
+    ended = run_ranks(2, other, second, run=tmp_path / "run", limit=60.0)
+    assert [e.ok() for e in world.wait()] == [0, 0]
+    assert "held by another job" in ended[1].ok()
+
+
+def test_what_tells_jobs_apart_before_there_is_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The master's port under torchrun, which gives it to all its ranks; elsewhere a rank may have one of its own."""
+    for elastic in (False, True):
+        if elastic:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        else:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        found = set()
+        for port in ("29500", "29501"):
+            monkeypatch.setenv("MASTER_PORT", port)
+            found.add(job_id())
+        assert len(found) == (2 if elastic else 1)
 
 
 def test_a_job_that_died_here_is_replaced_at_once(tmp_path: Path) -> None:
@@ -133,6 +178,108 @@ def test_a_job_whose_machine_vanished_is_replaced_once_its_heart_stands_still(tm
     run_ranks(1, first, tmp_path / "1", run=tmp_path / "run")
     step, seconds, number = run_ranks(1, second, tmp_path / "2", run=tmp_path / "run")[0].ok()
     assert step == 1 and seconds >= 1.0 and number == 2
+
+
+def test_the_other_ranks_wait_while_rank_0_watches_a_heart_that_stands_still(tmp_path: Path) -> None:
+    """With a deadline shorter than the watch."""
+
+    def first(rank: Rank) -> None:
+        on_machine("A")
+        ckpt = lastgood.Checkpointer(rank.run, state=state())
+        ckpt.save(1, blocking=True)
+        die()
+
+    def second(rank: Rank) -> int:
+        on_machine("B" if rank.rank == 0 else "C")
+        with rank.checkpointer(state=state(0), replicated=["*"], stale=9.0, deadline=3.0) as ckpt:
+            return ckpt.restore()
+
+    run_ranks(1, first, tmp_path / "1", run=tmp_path / "run")
+    assert [e.ok() for e in run_ranks(2, second, tmp_path / "2", run=tmp_path / "run")] == [1, 1]
+
+
+@pytest.mark.parametrize("machine", ["A", "B"])
+def test_a_rank_whose_rank_0_was_refused_says_who_holds_the_run(tmp_path: Path, machine: str) -> None:
+    """Without a process group nobody tells it: it looks."""
+
+    def holder(rank: Rank) -> int:
+        on_machine("A")
+        with lastgood.Checkpointer(rank.run, state=state()):
+            rank.mark("held")
+            rank.await_mark("told")
+        return os.getpid()
+
+    def other(rank: Rank) -> str:
+        rank.await_mark("held")
+        on_machine(machine)
+        try:
+            lastgood.Checkpointer(rank.run, state=state(), rank=1, world_size=2, deadline=0.5)
+        except PeerError as error:
+            return str(error)
+        finally:
+            rank.mark("told")
+        return "found"
+
+    pid, text = (e.ok() for e in run_ranks(2, [holder, other], tmp_path))
+    assert f"is held by process {pid} on " in text and "waited in vain" in text
+
+
+@pytest.mark.parametrize("reason", ["held", "a file", "not writable"])
+def test_all_ranks_are_told_at_once_why_rank_0_cannot_take_the_run(tmp_path: Path, reason: str) -> None:
+    """Again with every try, until it can."""
+
+    run = tmp_path / "parent" / "run"
+    run.parent.mkdir()
+    if reason == "a file":
+        run.write_text("")
+
+    def meet(rank: Rank, name: str) -> None:
+        rank.mark(f"{name}-{rank.rank}")
+        rank.await_mark(f"{name}-{1 - rank.rank}", 30.0)
+
+    def main(rank: Rank) -> tuple[list[str], int]:
+        rank.group()
+        told = []
+        make_dirs = disk.make_dirs
+        if rank.rank == 0 and reason == "not writable":
+            disk.make_dirs = refuse
+        for number in range(2):
+            meet(rank, f"try-{number}")
+            with pytest.raises(LastGoodError) as caught:
+                rank.checkpointer(run=run, state=state(), replicated=["*"])
+            told.append(f"{type(caught.value).__name__} {caught.value}")
+        disk.make_dirs = make_dirs
+        meet(rank, "told")
+        if rank.rank == 0 and reason == "held":
+            (tmp_path / "holder" / "mark-end").touch()
+            wait_until(lambda: (run / "generations" / "00000001.end").exists(), "the holder's end")
+            time.sleep(0.2)
+        elif rank.rank == 0 and reason == "a file":
+            run.unlink()
+        meet(rank, "free")
+        with rank.checkpointer(run=run, state=state(), replicated=["*"], deadline=20.0) as ckpt:
+            return told, ckpt.restore()
+
+    def hold(rank: Rank) -> None:
+        with lastgood.Checkpointer(rank.run, state=state()):
+            rank.mark("held")
+            rank.await_mark("end", 50.0)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    if reason == "held":
+        holder = World(1, hold, tmp_path / "holder", run=run, limit=60.0)
+        wait_until(lambda: (tmp_path / "holder" / "mark-held").exists(), "the holder")
+    ended = run_ranks(2, main, tmp_path / "2", limit=60.0)
+    if reason == "held":
+        holder.wait()[0].ok()
+    zero, one = (e.ok() for e in ended)
+    assert zero[1] == one[1] == 0 and all(e.seconds < 40 for e in ended), "not at the deadline"
+    texts = {"held": "is held by process", "a file": "is a file", "not writable": "cannot be written"}
+    kind = "RunHeldError" if reason == "held" else "LastGoodError"
+    for text in (*zero[0], *one[0]):
+        assert text.startswith(kind) and texts[reason] in text
 
 
 def test_a_job_that_lives_on_another_machine_is_not_replaced(tmp_path: Path) -> None:

@@ -314,3 +314,21 @@ def test_a_failed_save_of_rank_0_alone_gives_its_space_back(tmp_path: Path) -> N
 
     for ended in run_ranks(2, main, tmp_path):
         ended.ok()
+
+
+def test_the_space_that_other_ranks_need_counts_too(tmp_path: Path) -> None:
+    def main(rank: Rank) -> list[str]:
+        told = []
+        with rank.checkpointer(state={"a": torch.full((300_000,), float(rank.rank))}, local=["*"]) as ckpt:
+            for step, free in ((1, 1 << 40), (2, 2), (3, 3)):
+                # Room for so many ranks' tensors, and what lies between them.
+                disk.free_bytes = lambda path, free=free: commit._MARGIN + free * 1_220_000  # type: ignore[misc]
+                handle = ckpt.save(step, blocking=True)
+                told.append(handle.state)
+                handle.seen = True
+        return told
+
+    ended = run_ranks(3, main, tmp_path)
+    assert [e.ok() for e in ended] == [["committed", "failed", "committed"]] * 3
+    assert ended[0].logged("and the save needs")
+    assert checkpoints(tmp_path / "run") == ["step-00000001", "step-00000003"]

@@ -5,10 +5,10 @@ The tensors of a module have the names that its ``state_dict`` gives them, after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lastgood import catalog, disk, values
 from lastgood.catalog import Entry
@@ -21,6 +21,7 @@ from lastgood.values import Json
 if TYPE_CHECKING:
     import torch
 
+_T = TypeVar("_T")
 _BATCH_BYTES = 256 << 20
 """How much of a checkpoint is in memory at a time."""
 
@@ -120,19 +121,22 @@ class FileContents(Contents):
         return {name: self._held[self.tensors[name].source] for name in names}
 
 
-def contents(path: Path, part: str | None, *, against_file: bool = False) -> Contents:
-    """What is at `path`.
+def read_contents(path: Path, part: str | None, use: Callable[[Contents], _T], *, against_file: bool = False) -> _T:
+    """What `use` makes of what is at `path`.
 
     Args:
         part: only this object of a checkpoint, or what this key of a file holds, with names that begin inside of it.
+        use: called again, with what is the newest then, where a job deletes the newest checkpoint of a run meanwhile.
         against_file: of a checkpoint without `part`, take the model, since a file mostly holds nothing else.
     """
     if disk.is_file(path) and path.name != NAME:
-        return FileContents(path, part)
-    entry = places.find_checkpoint(path)
-    if part is None and against_file:
-        part = model_of(catalog.read_manifest(entry), entry.path)
-    return CheckpointContents(entry, part)
+        return use(FileContents(path, part))
+
+    def read(entry: Entry) -> _T:
+        model = model_of(catalog.read_manifest(entry), entry.path) if part is None and against_file else part
+        return use(CheckpointContents(entry, model))
+
+    return places.read_checkpoint(path, read)
 
 
 def model_of(manifest: Manifest, path: Path) -> str:

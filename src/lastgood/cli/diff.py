@@ -12,7 +12,7 @@ import click
 
 from lastgood import disk
 from lastgood.cli import places
-from lastgood.cli.contents import Contents, Tensor, batches, contents
+from lastgood.cli.contents import Contents, Tensor, batches, read_contents
 from lastgood.cli.i18n import _
 from lastgood.cli.output import json_option, number, print_json, progress
 from lastgood.errors import LastGoodError
@@ -63,25 +63,34 @@ def diff(a: Path, b: Path, part: str | None, as_json: bool) -> None:
     """
     try:
         one_is_file = disk.is_file(a) != disk.is_file(b)
-        left, right = (contents(path, part, against_file=one_is_file) for path in (a, b))
-        differences = compare(left, right)
+        count, others, differences = read_contents(
+            a,
+            part,
+            lambda left: read_contents(
+                b, part, lambda right: _count_and_compare(left, right), against_file=one_is_file
+            ),
+            against_file=one_is_file,
+        )
     except (LastGoodError, OSError) as error:
         # 1 says that they differ, as with diff(1).
         click.echo(f"lastgood: {error}", err=True)
         sys.exit(2)
-    count = len(left.tensors.keys() | right.tensors.keys())
     if as_json:
         print_json({"same": not differences, "tensors": count, "differences": [asdict(d) for d in differences]})
     else:
         for difference in differences:
             click.echo(difference.line())
-        others = len(left.values.keys() | right.values.keys())
         if differences:
             text = _("{bad} differences in {count} tensors and {others} other values")
         else:
             text = _("equal: {count} tensors and {others} other values")
         click.echo(text.format(bad=len(differences), count=count, others=others))
     sys.exit(1 if differences else 0)
+
+
+def _count_and_compare(a: Contents, b: Contents) -> tuple[int, int, list[Difference]]:
+    """How many tensors and other values there are, and all differences."""
+    return len(a.tensors.keys() | b.tensors.keys()), len(a.values.keys() | b.values.keys()), compare(a, b)
 
 
 def compare(a: Contents, b: Contents) -> list[Difference]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lastgood import catalog, disk
+from lastgood.catalog import Entry
 from lastgood.cli import places
 from lastgood.cli.contents import check_parts, model_of, state_of
 from lastgood.cli.i18n import _
@@ -40,15 +41,18 @@ def export(checkpoint: Path, out: Path, parts: tuple[str, ...], half: bool, bflo
         raise click.UsageError(_("OUT must end in .safetensors or .pth, not in {suffix!r}", suffix=out.suffix))
     if disk.exists(out) and not overwrite:
         raise LastGoodError(_("{path} exists: pass --overwrite to replace it", path=out))
-    entry = places.find_checkpoint(checkpoint)
-    manifest = catalog.check_quick(entry)
-    chosen = check_parts(manifest, entry.path, parts or [model_of(manifest, entry.path)])
+
+    def read(entry: Entry) -> tuple[int, dict[str, Any]]:
+        manifest = catalog.check_quick(entry)
+        chosen = check_parts(manifest, entry.path, parts or [model_of(manifest, entry.path)])
+        return manifest.step, {part: state_of(entry, manifest, part) for part in chosen}
+
     import torch
 
     from lastgood.files import save
 
     with progress(_("exporting"), None):
-        states = {part: state_of(entry, manifest, part) for part in chosen}
+        step, states = places.read_checkpoint(checkpoint, read)
         if half or bfloat16:
             states = _narrowed(states, torch.float16 if half else torch.bfloat16)
         if out.suffix == ".safetensors":
@@ -58,7 +62,7 @@ def export(checkpoint: Path, out: Path, parts: tuple[str, ...], half: bool, bflo
         # Whatever the launcher's variables say: this process is alone, and it writes.
         save(result, out, rank=0)
     text = _("{out}: {parts} of step {step}, {size}")
-    click.echo(text.format(out=out, parts=", ".join(chosen), step=manifest.step, size=size(disk.file_size(out))))
+    click.echo(text.format(out=out, parts=", ".join(states), step=step, size=size(disk.file_size(out))))
 
 
 def _flat(states: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lastgood import catalog
+from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.cli import places
 from lastgood.cli.i18n import _
@@ -103,12 +103,14 @@ def _rows(run: Path, entries: list[Entry], shown: list[Entry]) -> list[Row]:
         for entry in reversed(shown):
             manifest, damage, state = None, "", "ok"
             if entry.name not in names:
-                state = "uncommitted"
+                state = "uncommitted" if disk.exists(entry.path) else "gone"
             else:
                 try:
                     manifest = catalog.check_quick(entry)
                 except DamagedError as error:
-                    damage, state = str(error), "damaged"
-            rows.append(Row(entry, state, damage, manifest, entry.name in branch))
+                    # The manifest is what retention deletes first.
+                    damage, state = str(error), "damaged" if entry.is_committed() else "gone"
+            if state != "gone":
+                rows.append(Row(entry, state, damage, manifest, entry.name in branch))
             advance(1)
     return rows

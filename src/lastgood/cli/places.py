@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -14,6 +15,7 @@ from lastgood.cli.i18n import _
 from lastgood.errors import LastGoodError
 from lastgood.manifest import MAX_BYTES, NAME, parse
 
+_T = TypeVar("_T")
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 JOURNAL = ".lastgood"
 """The directory that ``lastgood run`` keeps beside the files that it watches."""
@@ -58,17 +60,31 @@ def checkpoint_at(path: Path) -> Entry | None:
     return Entry(manifest.generation, manifest.step, 0, path.name, path.parent)
 
 
-def find_checkpoint(path: Path) -> Entry:
-    """The checkpoint at `path`: itself, or the newest one where it is a run.
+def read_checkpoint(path: Path, read: Callable[[Entry], _T]) -> _T:
+    """What `read` makes of the checkpoint at `path`: itself, or the newest one where it is a run.
+
+    A job may delete a checkpoint while it is read: in a run the newest is then chosen again.
 
     Raises:
-        LastGoodError: there is none.
+        LastGoodError: there is none, or it was deleted.
     """
-    entry = checkpoint_at(path) or catalog.newest(path.absolute())
-    if entry is None:
-        raise LastGoodError(_("{path} holds no checkpoint", path=path))
-    if not entry.is_committed():
-        raise LastGoodError(
-            _("{path} has no manifest: it is what a save left behind that did not finish, not a checkpoint", path=path)
-        )
-    return entry
+    named = checkpoint_at(path)
+    while True:
+        entry = named or catalog.newest(path.absolute())
+        if entry is None:
+            raise LastGoodError(_("{path} holds no checkpoint", path=path))
+        if named is not None and not entry.is_committed():
+            raise LastGoodError(
+                _(
+                    "{path} has no manifest: it is what a save left behind that did not finish, not a checkpoint",
+                    path=path,
+                )
+            )
+        try:
+            return read(entry)
+        except (LastGoodError, OSError) as error:
+            # The manifest is what is deleted first: with it, the checkpoint is there and something is wrong.
+            if entry.is_committed():
+                raise
+            if named is not None:
+                raise LastGoodError(_("{path} was deleted while it was read", path=path)) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from lastgood import catalog
+from lastgood.catalog import Entry
 from lastgood.cli import places
 from lastgood.cli.i18n import _
 from lastgood.cli.output import json_option, note, number, print_json, print_table, size, when
@@ -25,13 +26,7 @@ def show(checkpoint: Path, tensors: bool, as_json: bool) -> None:
 
     It reads the manifest alone: a checkpoint whose data are damaged is shown too (see `lastgood verify --full`).
     """
-    entry = places.find_checkpoint(checkpoint)
-    manifest = catalog.read_manifest(entry)
-    damage = ""
-    try:
-        catalog.check_quick(entry)
-    except DamagedError as error:
-        damage = str(error)
+    entry, manifest, damage = places.read_checkpoint(checkpoint, _read)
     if as_json:
         print_json({"name": entry.name, "path": str(entry.path), "damage": damage, **_to_json(manifest)})
         return
@@ -43,6 +38,18 @@ def show(checkpoint: Path, tensors: bool, as_json: bool) -> None:
         _print_tensors(manifest)
     if damage:
         note(damage)
+
+
+def _read(entry: Entry) -> tuple[Entry, Manifest, str]:
+    """The checkpoint, its manifest, and what is damaged besides."""
+    manifest = catalog.read_manifest(entry)
+    try:
+        catalog.check_quick(entry)
+    except DamagedError as error:
+        if not entry.is_committed():
+            raise
+        return entry, manifest, str(error)
+    return entry, manifest, ""
 
 
 def nbytes(tensor: TensorRecord) -> int:

@@ -61,6 +61,7 @@ CHINESE: dict[str, str] = {
     "scalar": "标量",
     "{path} holds no checkpoint": "{path} 里没有检查点",
     "{path} has no manifest: it is what a save left behind that did not finish, not a checkpoint": "{path} 没有清单：这是未完成的保存留下的，不是检查点",
+    "{path} was deleted while it was read": "{path} 在读取期间被删除",
     # verify
     "Check runs, checkpoints and single weights files.": "校验运行目录、检查点和单个权重文件。",
     "Files are .pth, .pt, .ckpt or .safetensors, and are always read as a whole. A directory is compared with the journals that `lastgood run` kept in and below it. The exit code is 1 where something is damaged, 2 where a PATH is nothing that can be checked.": "单个文件可以是 .pth、.pt、.ckpt 或 .safetensors，总是完整读取。目录按 `lastgood run` 在其中及各级子目录里留下的日志核对。有损坏时退出码为 1，PATH 不是可校验的内容时为 2。",
@@ -69,6 +70,8 @@ CHINESE: dict[str, str] = {
     "{count} checked, {bad} damaged": "共校验 {count} 个，损坏 {bad} 个",
     "Names, sizes and manifests were compared; --full reads every byte.": "已核对文件名、大小和清单；--full 会读取每个字节。",
     "{path} has no manifest: it is what a save left behind that did not finish": "{path} 没有清单：这是未完成的保存留下的",
+    "deleted": "已删除",
+    "by its job, while this was checked": "校验期间被其任务删除",
     "left over from a save that did not finish, or one that is being written": "未完成的保存留下的，或正在写入",
     "it holds no checksums of its content: only its form could be checked": "文件不含内容的校验和：只能检查格式",
     "by the journal of `lastgood run`": "依据 `lastgood run` 的日志",

@@ -24,7 +24,7 @@ class Result:
 
     path: Path
     kind: str
-    """checkpoint, left-over, file"""
+    """checkpoint, left-over, gone, file"""
     damage: list[str] = field(default_factory=list)
     """A sentence for each."""
     note: str = ""
@@ -65,7 +65,8 @@ def verify(paths: tuple[Path, ...], full: bool, as_json: bool) -> None:
         print_json([result.to_json() for result in results])
     else:
         bad = sum(bool(result.damage) for result in results)
-        click.echo(_("{count} checked, {bad} damaged", count=len(results), bad=bad))
+        count = sum(result.kind != "gone" for result in results)
+        click.echo(_("{count} checked, {bad} damaged", count=count, bad=bad))
         if not full and any(result.kind == "checkpoint" for result in results):
             click.echo(_("Names, sizes and manifests were compared; --full reads every byte."))
     sys.exit(1 if any(result.damage for result in results) else 0)
@@ -74,7 +75,7 @@ def verify(paths: tuple[Path, ...], full: bool, as_json: bool) -> None:
 def _print(result: Result) -> None:
     remark = f" ({result.note})" if result.note else ""
     if not result.damage:
-        label = _("ok") if result.kind != "left-over" else _("not committed")
+        label = {"left-over": _("not committed"), "gone": _("deleted")}.get(result.kind, _("ok"))
         click.echo(f"{label}  {result.path}{remark}")
     for damage in result.damage:
         click.echo(_("DAMAGED") + f"  {damage}{remark}")
@@ -119,14 +120,23 @@ def _check_at(path: Path, full: bool) -> Result:
 
 def _check(entry: Entry, full: bool) -> Result:
     if not entry.is_committed():
+        if not disk.exists(entry.path):
+            return _gone(entry)
         text = _("left over from a save that did not finish, or one that is being written")
         return Result(entry.path, "left-over", note=text)
     try:
         manifest = catalog.read_manifest(entry)
     except DamagedError as error:
-        return Result(entry.path, "checkpoint", [str(error)])
-    with progress(entry.name, manifest.tensor_bytes) as advance:
-        return Result(entry.path, "checkpoint", catalog.damage(entry, manifest, full=full, advance=advance))
+        damage = [str(error)]
+    else:
+        with progress(entry.name, manifest.tensor_bytes) as advance:
+            damage = catalog.damage(entry, manifest, full=full, advance=advance)
+    # The manifest is what retention deletes first.
+    return _gone(entry) if damage and not entry.is_committed() else Result(entry.path, "checkpoint", damage)
+
+
+def _gone(entry: Entry) -> Result:
+    return Result(entry.path, "gone", note=_("by its job, while this was checked"))
 
 
 def _check_file(path: Path) -> Result:
