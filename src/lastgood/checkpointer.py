@@ -61,6 +61,7 @@ class Checkpointer:
         writers: how many ranks share the writing of replicated tensors; all by default.
         deadline: seconds for which a save waits for a rank.
         busy: what :meth:`save` does while the save before it is still being written: "wait" for it, or "skip" this one.
+            A save with ``blocking=True``, such as the last one of :meth:`steps`, is never skipped.
         stop_code: exit code of the program when :meth:`steps` was asked to stop. 75 means "try again later" (sysexits).
         group: name or number of a group that may read and write what is made (POSIX).
         tensorboard: directory for scalars about the saves; needs the extra ``tensorboard``.
@@ -315,8 +316,11 @@ class Checkpointer:
         self._check_step(step)
         metrics = arguments.check_metrics(self.metrics if metrics is None else metrics)
         state = self._flatten(gradients=self._gradients)
-        if step == self._last_step and self._handle is not None and self._handle.state in ("pending", "committed"):
-            return self._same_again(step, state, blocking)
+        if step == self._last_step and self._handle is not None:
+            if blocking:
+                self._handle.wait()  # Rank 0 may have left it out (busy="skip"), of which this rank hears later.
+            if self._handle.state in ("pending", "committed"):
+                return self._same_again(step, state)
         self.channel.post(f"here/{self.generation}", step)
         handle = SaveHandle(step)
         tries = self._tries.get(step, 0)
@@ -383,7 +387,7 @@ class Checkpointer:
                     "first save, so that the job continues from them, or use another directory to start anew."
                 )
 
-    def _same_again(self, step: int, state: State, blocking: bool) -> SaveHandle:
+    def _same_again(self, step: int, state: State) -> SaveHandle:
         """A step that is saved twice: the first save serves, when nothing has changed since."""
         assert self._handle is not None
         if state.objects != self._saved_objects or not self._snapshot.holds(state.tensors):
@@ -391,8 +395,6 @@ class Checkpointer:
                 f"save(step={step}): this step was already saved, and the state has changed since. Count the steps up, "
                 "or save each one once."
             )
-        if blocking:
-            self._handle.wait()
         return self._handle
 
     def _check_failures(self) -> None:
