@@ -238,6 +238,7 @@ class Checkpointer:
             self.deadline,
             self._saver.report,
             self._patterns["leave_out"],
+            self._patterns["replicated"],
         )
         restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
