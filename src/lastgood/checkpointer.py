@@ -364,10 +364,12 @@ class Checkpointer:
 
         Steps of registered optimizers, and their ``load_state_dict``, do it by themselves.
         """
-        self._snapshot.wait()
+        if not self._forked:
+            self._snapshot.wait()
 
     def wait(self) -> None:
         """Wait until the last save is on the disk. Raises SaveError where it failed."""
+        self._check_forked()
         if self._handle is not None:
             self._handle.result()
 
@@ -509,13 +511,16 @@ class Checkpointer:
         return flattener.flatten(gradients=gradients)
 
     def _check_open(self) -> None:
+        self._check_forked()
+        if self._closed:
+            raise LastGoodError("the Checkpointer is closed")
+
+    def _check_forked(self) -> None:
         if self._forked:
             raise LastGoodError(
                 "this process was forked from the one that made the Checkpointer (a data loader's worker?); only the "
                 "training process itself can save and restore"
             )
-        if self._closed:
-            raise LastGoodError("the Checkpointer is closed")
 
 
 def _at_exit() -> None:
@@ -537,9 +542,10 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    """In a forked child: let go of the connections, and refuse to act for the parent."""
+    """In a forked child: let go of the connections and the optimizers, and refuse to act for the parent."""
     for checkpointer in list(_live.values()):
         checkpointer._forked = True
+        checkpointer._steady.close()  # The thread for which a step would wait does not exist here.
         checkpointer.channel.abandon()
 
 
