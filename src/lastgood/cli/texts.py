@@ -124,7 +124,7 @@ CHINESE: dict[str, str] = {
     "The metric by which checkpoints are compared.": "比较检查点所用的指标。",
     "Which value of the metric is the best.": "指标以最小还是最大为最好。",
     "Keep steps that are multiples of this.": "保留步数为此数倍数的检查点。",
-    "Delete the oldest until the run is no larger; two always stay.": "从最早的开始删除，直到总大小不超过此值；始终保留两个。",
+    "Delete the oldest until the run is no larger; the two newest stay, or one with --keep-last 0 or 1.": "从最早的开始删除，直到总大小不超过此值；保留最新的两个，--keep-last 为 0 或 1 时保留一个。",
     "Say what would be deleted; delete nothing.": "只说明会删除什么，不实际删除。",
     "{value!r} is not a size such as 500000, 20GB or 1.5TiB": "{value!r} 不是大小，例如 500000、20GB 或 1.5TiB",
     "which ones? Pass --keep-last, --keep-best, --keep-every or --max-bytes": "保留哪些？请给出 --keep-last、--keep-best、--keep-every 或 --max-bytes",
