@@ -146,6 +146,28 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
     assert [e.code for e in world.wait()] == [-signal.SIGTERM] * 2
 
 
+def test_a_second_signal_ends_a_program_whose_own_handler_would_go_on(tmp_path: Path) -> None:
+    def main(rank: Rank) -> None:
+        signal.signal(
+            signal.SIGTERM, lambda number, frame: rank.mark(f"heard-{len(list(rank.scratch.glob('mark-h*')))}")
+        )
+
+        def work(step: int) -> None:
+            rank.mark("in-step")
+            time.sleep(300)
+
+        loop(rank, work)
+
+    world = World(1, main, tmp_path, limit=30)
+    wait_until(lambda: (tmp_path / "mark-in-step").exists(), "the first step")
+    world.kill(0, signal.SIGTERM)
+    wait_until(lambda: (tmp_path / "mark-heard-0").exists(), "the program's own handler")
+    time.sleep(stop.REPEAT_SECONDS + 0.3)
+    world.kill(0, signal.SIGTERM)
+    assert world.wait()[0].code == -signal.SIGTERM
+    assert (tmp_path / "mark-heard-1").exists(), "it is called again, and has its chance"
+
+
 def test_a_signal_twice_in_a_moment_still_saves(tmp_path: Path) -> None:
     """Ctrl-C reaches every process of the terminal, and the launcher passes it on: two signals, one request."""
     world = World(2, lambda rank: loop(rank, lockstep(rank)), tmp_path)
