@@ -33,6 +33,11 @@ def full(operation: disk.Operation, moment: str) -> None:
         raise OSError(28, "No space left on device", str(operation.path))
 
 
+def hang(operation: disk.Operation, moment: str) -> None:
+    if operation.name == "write" and moment == "before" and "step-00000002" in str(operation.path):
+        time.sleep(1000)
+
+
 def make(run: Path) -> lastgood.Checkpointer:
     return lastgood.Checkpointer(run, w=torch.ones(1000), deadline=10)
 
@@ -158,6 +163,31 @@ def forked_child_ends(run: Path) -> None:
         ckpt.save(2)
 
 
+def hung(run: Path) -> lastgood.Checkpointer:
+    ckpt = lastgood.Checkpointer(run, w=torch.ones(1000), deadline=0.15)
+    ckpt.save(1).result()
+    disk.observer = hang
+    return ckpt
+
+
+def hung_and_never_closed(run: Path) -> None:
+    hung(run).save(2)
+
+
+def hung_and_closed(run: Path) -> None:
+    with hung(run) as ckpt:
+        ckpt.save(2)
+
+
+def hung_and_caught(run: Path) -> None:
+    ckpt = hung(run)
+    try:
+        ckpt.save(2, blocking=True)
+    except lastgood.SaveError as error:
+        print("caught", error, file=sys.stderr)
+    ckpt.__exit__(RuntimeError, RuntimeError(), None)
+
+
 ENDINGS = [
     never_closed,
     never_closed_and_slow,
@@ -176,6 +206,9 @@ ENDINGS = [
     failed_and_seen,
     failed_then_saved,
     forked_child_ends,
+    hung_and_never_closed,
+    hung_and_closed,
+    hung_and_caught,
 ]
 
 

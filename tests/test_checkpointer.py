@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -327,3 +330,21 @@ def test_what_it_is_called_for_is_logged(tmp_path: Path) -> None:
     events = program.read_events(tmp_path)
     assert [event["event"] for event in events] == ["save", "restore"]
     assert events[0]["bytes"] > 0 and events[0]["metrics"] == {"loss": 1.0} and events[1]["step"] == 1
+
+
+def test_the_manifest_names_the_versions_of_what_the_program_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lightning", "pytorch_lightning", "transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", ModuleType("accelerate"))
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.8" if name == "accelerate" else version(name))
+    with lastgood.Checkpointer(tmp_path, w=torch.zeros(3)) as ckpt:
+        ckpt.save(1)
+    entry = catalog.newest(tmp_path)
+    assert entry is not None
+    found = catalog.read_manifest(entry).versions
+    assert found["numpy"] == np.__version__ and found["safetensors"] == version("safetensors")
+    assert found["accelerate"] == "9.8"
+    assert set(found) == {"lastgood", "torch", "python", "system", "safetensors", "numpy", "accelerate"}

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import endings
+import lastgood
 from lastgood import catalog, generation
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
@@ -34,6 +36,9 @@ SAVED = {
     "failed_and_seen": (0, [], "seen"),
     "failed_then_saved": (0, [2], "step 1 was not saved"),
     "forked_child_ends": (0, [1, 2], "child 0"),
+    "hung_and_never_closed": (74, [1], "the program ends, and its last save failed: waited"),
+    "hung_and_closed": (74, [1], "SaveError: waited"),
+    "hung_and_caught": (74, [1], "caught waited"),
 }
 
 
@@ -58,9 +63,18 @@ def test_what_was_promised_is_kept_or_missed_loudly(ended: Path, name: str) -> N
     assert words in said
     for entry in catalog.committed(ended / name):
         catalog.check_full(entry)
-    # The run was given back: the next job need not wait.
+    # The run was given back: the next job need not wait. But a thread that hangs could still have written to it.
     (number,) = generation.generations(ended / name)
-    assert (ended / name / "generations" / f"{number:08d}.end").exists()
+    assert (ended / name / "generations" / f"{number:08d}.end").exists() == (not name.startswith("hung"))
+
+
+@pytest.mark.parametrize("name", [name for name in SAVED if name.startswith("hung")])
+def test_a_disk_that_hangs_is_spoken_of_and_given_up(ended: Path, name: str) -> None:
+    said = (ended / f"{name}.err").read_text()
+    assert "waiting since 0 s for the save of step 2 to be written" in said and "at most 2 s (10 deadlines)" in said
+    assert "The last good checkpoint is step-00000001; nothing of it is touched" in said
+    with lastgood.Checkpointer(ended / name, w=torch.zeros(1000)) as ckpt:
+        assert ckpt.restore() == 1
 
 
 def test_a_failed_last_save_says_why_and_leaves_nothing(ended: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lastgood import disk, files, one_writer
-from lastgood.errors import DamagedError, LastGoodError, SaveError
+from lastgood.errors import DamagedError, LastGoodError, RefusedError, SaveError
 
 Moment = Literal["before", "after"]
 OLD = {"w": torch.zeros(3000), "step": 1}
@@ -205,14 +205,61 @@ def test_load_verifies_before_it_reads(tmp_path: Path, monkeypatch: pytest.Monke
     files.save(NEW, path)
     stand_in = types.ModuleType("lastgood.torchfile")
     stand_in.__dict__["verify"] = lambda path: ["its end is missing"]
-    stand_in.__dict__["read"] = lambda path, *, map_location, allow: pytest.fail("read before it was checked")
+    stand_in.__dict__["read"] = lambda path, *, map_location, **_: pytest.fail("read before it was checked")
     monkeypatch.setitem(sys.modules, "lastgood.torchfile", stand_in)
     monkeypatch.setattr("lastgood.torchfile", stand_in, raising=False)
     with pytest.raises(DamagedError, match="its end is missing"):
         files.load(path)
     stand_in.__dict__["verify"] = lambda path: []
-    stand_in.__dict__["read"] = lambda path, *, map_location, allow: torch.load(path, map_location=map_location)
+    stand_in.__dict__["read"] = lambda path, *, map_location, **_: torch.load(path, map_location=map_location)
     assert files.load(path)["step"] == 2
+
+
+@pytest.mark.parametrize("weights_only", [True, False, None])
+def test_load_takes_what_torch_load_takes(tmp_path: Path, weights_only: bool | None) -> None:
+    path = tmp_path / "last.pth"
+    files.save(NEW, path)
+    for options in ({}, {"mmap": True}, {"mmap": False, "map_location": "cpu"}, {"map_location": None}):
+        assert torch.equal(files.load(path, weights_only=weights_only, **options)["w"], NEW["w"])  # type: ignore[arg-type]
+    assert files.load(path, "meta")["w"].is_meta
+    asked: list[str] = []
+    assert files.load(path, {"cpu": "meta", "cuda:0": "cpu"})["w"].is_meta
+    found = files.load(path, lambda storage, location: asked.append(location))  # None: where it was.
+    assert torch.equal(found["w"], NEW["w"]) and set(asked) == {"cpu"}  # type: ignore[arg-type]
+    assert torch.equal(files.load(path, lambda storage, location: storage)["w"], NEW["w"])  # type: ignore[arg-type]
+
+
+def test_weights_only_false_runs_nothing(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    torch.save({"x": Payload()}, tmp_path / "bad.pth")
+    with pytest.raises(RefusedError):
+        files.load(tmp_path / "bad.pth", weights_only=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_safetensors_have_no_devices_to_map(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    files.save({"w": torch.ones(2)}, path)
+    for where in (None, "cpu", {"cuda:0": "cpu"}):
+        assert files.load(path, where, mmap=True)["w"].tolist() == [1, 1]
+    with pytest.raises(LastGoodError, match="name the device instead"):
+        files.load(path, lambda storage, location: storage)
+
+
+def test_what_is_no_file_with_a_name_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match=r"takes a path, not <_io\.BytesIO.*torch\.save\.$"):
+        files.save(NEW, io.BytesIO())  # type: ignore[arg-type]
+    with pytest.raises(LastGoodError, match=r"takes a path, not <_io\.BytesIO"):
+        files.load(io.BytesIO())  # type: ignore[arg-type]
+    with pytest.raises(LastGoodError, match=r"was not loaded: it is a directory\."):
+        files.load(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        files.load(tmp_path / "none.pth")
+    assert str(caught.value) == f"{tmp_path / 'none.pth'} was not loaded: there is no such file."
+    assert caught.value.errno == errno.ENOENT
 
 
 # Several ranks. Each process counts its own writes through the observer and reports them.

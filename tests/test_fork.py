@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lastgood
 from lastgood import LastGoodError, RunHeldError, catalog, disk
+from lastgood.snapshot import Snapshot
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -151,6 +153,44 @@ def test_a_fork_in_the_middle_of_a_save_blocks_neither(tmp_path: Path, monkeypat
         handle.result()
         ckpt.save(2)
     assert [entry.step for entry in catalog.committed(tmp_path / "run")] == [1, 2]
+
+
+def test_a_child_that_trains_does_not_wait_for_its_parents_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that copies does not exist in the child, whose own weights nobody copies."""
+    copying, goes_on = threading.Event(), threading.Event()
+    copy = Snapshot._copy
+
+    def held(snapshot: Snapshot, late: Any) -> None:
+        copying.set()
+        goes_on.wait(60)
+        copy(snapshot, late)
+
+    def child() -> None:
+        signal.alarm(20)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        ckpt.wait_snapshot()
+        with pytest.raises(LastGoodError, match="forked"):
+            ckpt.wait()
+
+    monkeypatch.setattr(Snapshot, "_copy", held)
+    model = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model(torch.ones(1000)).sum().backward()
+    with lastgood.Checkpointer(tmp_path, model=model, optimizer=optimizer) as ckpt:
+        optimizer.step()
+        handle = ckpt.save(1)
+        try:
+            assert copying.wait(20)
+            assert code_of(fork(child)) == 0
+        finally:
+            goes_on.set()
+        handle.result()
+        before = optimizer.param_groups[0]["params"][0].clone()
+        optimizer.step()
+        assert not torch.equal(before, model.weight)
 
 
 def test_a_child_that_outlives_its_parents_save_does_not_remove_anything(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,6 +69,9 @@ def blank(rank: int) -> dict[str, Any]:
     return {**objects, "values": {}, "own": torch.zeros(5, dtype=torch.int64), "name": ""}
 
 
+NUMPY_GOES_ON = [[319379928, 1909383912, 1697326059, 433635927], [1870555526, 186459401, 939337812, 15174415]]
+
+
 def restore_as_rank(rank: int, run: Path) -> None:
     expected = make.objects(rank)
     numbers = torch.rand(3)  # The stored run was saved at this point of the random sequence.
@@ -76,6 +80,8 @@ def restore_as_rank(rank: int, run: Path) -> None:
         assert checkpointer.restore() == 15
         assert checkpointer["name"] == f"rank {rank}"
         assert torch.equal(torch.rand(3), numbers)
+        # Of the form in which numpy's state was written first; another reader of the same file gave these numbers.
+        assert np.random.randint(0, 2**31, 4).tolist() == NUMPY_GOES_ON[rank]
     assert torch.equal(objects["own"], expected["own"])
     same_model(objects["model"], expected["model"])
 

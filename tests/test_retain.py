@@ -121,12 +121,30 @@ def test_max_bytes_leaves_two_whatever_it_says(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 5]
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_max_bytes_leaves_the_newest_alone_where_the_rules_want_no_second(tmp_path: Path, last: int) -> None:
+    save(tmp_path, Keep(last=last, every=2, max_bytes=1), *range(1, 6))
+    assert steps(tmp_path) == [4, 5], "the one before is wanted by another rule"
+    save(tmp_path, Keep(last=last, every=100, max_bytes=1), 6, 7)
+    assert steps(tmp_path) == [7]
+
+
 def test_every_deletion_is_in_the_event_log_with_its_reason(tmp_path: Path) -> None:
     save(tmp_path, Keep(last=2), 1, 2, 3, 4)
     events = program.read_events(tmp_path)
     gone = [(e["checkpoint"], e["why"]) for e in events if e["event"] == "delete"]
     assert gone == [("step-00000001", "the retention policy"), ("step-00000002", "the retention policy")]
     assert [e["deleted"] for e in events if e["event"] == "save"] == [[], [], ["step-00000001"], ["step-00000002"]]
+    assert [e["kept"] for e in events if e["event"] == "save"] == [1, 2, 2, 2]
+
+
+def test_the_log_line_of_a_save_says_what_is_kept_and_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="lastgood")
+    save(tmp_path / "a", Keep(last=2), 1, 2, 3)
+    save(tmp_path / "b", Keep(last=20), *range(1, 9))
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("saved step")]
+    assert lines[0].endswith("kept step 1") and lines[1].endswith("kept steps 1, 2")
+    assert lines[2].endswith("kept steps 2, 3, deleted step-00000001") and lines[-1].endswith("kept 8 checkpoints")
 
 
 def test_the_abandoned_branch_goes_only_when_the_new_one_is_long_enough(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import atexit
 import logging
 import os
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from types import TracebackType
@@ -34,10 +35,16 @@ from lastgood.world import detect_world
 _log = logging.getLogger("lastgood")
 _FAILURES = 3
 """So many failed saves in a row, and ``save`` raises: the training is running without a net."""
+_GIVE_UP = 10
+"""So many deadlines does a blocking save, or the end, wait for a disk that takes the bytes: then it is said to hang."""
+_SAY_SO = 30.0
+"""Seconds after which such a wait is first spoken of."""
 _EXIT_CODE = 74
 """Of a program that ends although its last save failed and nobody asked (sysexits: input/output error)."""
 
 _live: weakref.WeakValueDictionary[tuple[Path, int], Checkpointer] = weakref.WeakValueDictionary()
+_hung: list[Checkpointer] = []
+"""Those that were closed while the disk held their save up: they keep their runs until the process ends."""
 
 
 class Checkpointer:
@@ -61,6 +68,7 @@ class Checkpointer:
         writers: how many ranks share the writing of replicated tensors; all by default.
         deadline: seconds for which a save waits for a rank.
         busy: what :meth:`save` does while the save before it is still being written: "wait" for it, or "skip" this one.
+            A save with ``blocking=True``, such as the last one of :meth:`steps`, is never skipped.
         stop_code: exit code of the program when :meth:`steps` was asked to stop. 75 means "try again later" (sysexits).
         group: name or number of a group that may read and write what is made (POSIX).
         tensorboard: directory for scalars about the saves; needs the extra ``tensorboard``.
@@ -138,6 +146,7 @@ class Checkpointer:
         self._last_step = -1
         self._restored = False
         self._closed = False
+        self._gave_up = False
         self._forked = False
         show_log(self.world.rank)
         for name, labels in unsaved_parameters(self._objects, state).items() if self.world.rank == 0 else ():
@@ -239,6 +248,7 @@ class Checkpointer:
             self.deadline,
             self._saver.report,
             self._patterns["leave_out"],
+            self._patterns["replicated"],
         )
         restored = restore.run_root(step, self.keep) if self.world.rank == 0 else restore.run_member()
         self._objects.update(restored.values)
@@ -309,7 +319,7 @@ class Checkpointer:
             The handle of this save; ``handle.result()`` raises where it failed.
 
         Raises:
-            SaveError: the last three saves failed.
+            SaveError: the last three saves failed, or the disk hangs.
             LastGoodError: the state holds something that cannot be saved, or the step does not grow.
         """
         began = time.monotonic()
@@ -317,8 +327,12 @@ class Checkpointer:
         self._check_step(step)
         metrics = arguments.check_metrics(self.metrics if metrics is None else metrics)
         state = self._flattener.flatten(gradients=self._gradients)
-        if step == self._last_step and self._handle is not None and self._handle.state in ("pending", "committed"):
-            return self._same_again(step, state, blocking)
+        if step == self._last_step and self._handle is not None:
+            if blocking:
+                # Rank 0 may have left it out (busy="skip"), of which this rank hears later.
+                self._await(self._handle.wait)
+            if self._handle.state in ("pending", "committed"):
+                return self._same_again(step, state)
         # With the save before, which may still be under way: of any other one rank 0 knows that this rank passed it by.
         before = self._last_step if self._handle is not None else None
         self.channel.post(f"here/{self.generation}", [before, step])
@@ -355,7 +369,7 @@ class Checkpointer:
         self._saving = self._saver.start(request, handle)
         self._snapshot.begin()
         if blocking:
-            handle.wait()
+            self._await(handle.wait)
         return handle
 
     def wait_snapshot(self) -> None:
@@ -363,11 +377,14 @@ class Checkpointer:
 
         Steps of registered optimizers, and their ``load_state_dict``, do it by themselves.
         """
-        self._snapshot.wait()
+        if not self._forked:
+            self._snapshot.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is on the disk. Raises SaveError where it failed."""
+        """Wait until the last save is on the disk. Raises SaveError where it failed, or the disk hangs."""
+        self._check_forked()
         if self._handle is not None:
+            self._await(self._handle.wait)
             self._handle.result()
 
     def _check_step(self, step: int) -> None:
@@ -387,7 +404,7 @@ class Checkpointer:
                     "first save, so that the job continues from them, or use another directory to start anew."
                 )
 
-    def _same_again(self, step: int, state: State, blocking: bool) -> SaveHandle:
+    def _same_again(self, step: int, state: State) -> SaveHandle:
         """A step that is saved twice: the first save serves, when nothing has changed since."""
         assert self._handle is not None
         if state.objects != self._saved_objects or not self._snapshot.holds(state):
@@ -395,8 +412,6 @@ class Checkpointer:
                 f"save(step={step}): this step was already saved, and the state has changed since. Count the steps up, "
                 "or save each one once."
             )
-        if blocking:
-            self._handle.wait()
         return self._handle
 
     def _check_failures(self) -> None:
@@ -429,9 +444,47 @@ class Checkpointer:
             )
 
     def _finish_save(self) -> None:
-        """Wait until the save under way is over, with what follows it."""
-        if self._saving is not None:
-            futures.wait([self._saving])
+        """Wait until the save under way is over, with what follows it. Raises SaveError where the disk hangs."""
+        saving = self._saving
+        if saving is not None:
+            self._await(lambda seconds: bool(futures.wait([saving], seconds).done))
+
+    def _await(self, done: Callable[[float], bool]) -> None:
+        """Wait for a save to be written, at most `_GIVE_UP` deadlines, and not silently.
+
+        Args:
+            done: waits for so many seconds; returns whether the save is over.
+
+        Raises:
+            SaveError: it is not; nothing can end a write that the disk does not answer.
+        """
+        most = _GIVE_UP * self.deadline
+        began = time.monotonic()
+        pause = min(_SAY_SO, self.deadline)
+        while not done(0.0 if self._gave_up else pause):
+            waited = time.monotonic() - began
+            if self._gave_up or waited >= most:
+                self._gave_up = True
+                raise SaveError(self._held_up(most))
+            _log.warning(
+                "waiting since %.0f s for %s: at most %.0f s (%d deadlines)", waited, self._under_way(), most, _GIVE_UP
+            )
+            pause = min(self.deadline, most - waited)
+
+    def _under_way(self) -> str:
+        if self._handle is not None and self._handle.state == "committed":
+            return f"what follows the save of step {self._last_step} (verifying it, deleting old ones) in {self.run}"
+        return f"the save of step {self._last_step} to be written to {self.run}"
+
+    def _held_up(self, seconds: float) -> str:
+        kept = self._saver.parent
+        return (
+            f"waited {seconds:.0f} s in vain for {self._under_way()}: the disk hangs. "
+            + (f"The last good checkpoint is {kept}" if kept else "There is no checkpoint of this life yet")
+            + f"; nothing of it is touched. This process keeps {self.run} until it ends, since the disk may still "
+            "write; what it leaves unfinished is cleared away by the next job. A disk that is only slow needs a longer "
+            "deadline."
+        )
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -466,13 +519,25 @@ class Checkpointer:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for the save under way, give the run back, and raise what failed. May be called twice."""
+        """Wait for the save under way, give the run back, and raise what failed. May be called twice.
+
+        Raises:
+            SaveError: the last save failed, or the disk did not take it within ten deadlines. In the latter case the
+                run is not given back before the process ends.
+        """
         self._close(finished=True)
 
     def _close(self, finished: bool) -> None:
         if self._closed or self._forked:
             return
-        self._finish_save()
+        try:
+            self._finish_save()
+        except SaveError:
+            # The thread that hangs may still write: the run is held, and the buffer kept, until the process ends.
+            self._closed = True
+            self._steady.close()
+            _hung.append(self)
+            raise
         self._closed = True
         if finished:
             self._session.leave()
@@ -508,13 +573,16 @@ class Checkpointer:
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
+        self._check_forked()
+        if self._closed:
+            raise LastGoodError("the Checkpointer is closed")
+
+    def _check_forked(self) -> None:
         if self._forked:
             raise LastGoodError(
                 "this process was forked from the one that made the Checkpointer (a data loader's worker?); only the "
                 "training process itself can save and restore"
             )
-        if self._closed:
-            raise LastGoodError("the Checkpointer is closed")
 
 
 def _at_exit() -> None:
@@ -527,21 +595,39 @@ def _at_exit() -> None:
             except BaseException as error:
                 failed = error
     if failed is not None:
-        print(f"lastgood: the program ends, and its last save failed: {failed}", file=sys.stderr)
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # A program without a console (pythonw) has none.
-                stream.flush()
-        os._exit(_EXIT_CODE)
+        _end_loudly(failed)
+
+
+def _before_threads_are_joined() -> None:
+    """The program ends: Python is about to wait for all threads, for ever for one that a disk holds up."""
+    for checkpointer in [*_hung, *_live.values()]:
+        if not checkpointer._forked:
+            try:
+                checkpointer._finish_save()
+            except SaveError as error:
+                _end_loudly(error)
+
+
+def _end_loudly(failed: BaseException) -> None:
+    print(f"lastgood: the program ends, and its last save failed: {failed}", file=sys.stderr)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # A program without a console (pythonw) has none.
+            stream.flush()
+    os._exit(_EXIT_CODE)
 
 
 def _after_fork() -> None:
-    """In a forked child: let go of the connections, and refuse to act for the parent."""
-    for checkpointer in list(_live.values()):
+    """In a forked child: let go of the connections and the optimizers, and refuse to act for the parent."""
+    for checkpointer in [*_hung, *_live.values()]:
         checkpointer._forked = True
+        checkpointer._steady.close()  # The thread for which a step would wait does not exist here.
         checkpointer.channel.abandon()
 
 
 atexit.register(_at_exit)
+if (_register := getattr(threading, "_register_atexit", None)) is not None:
+    # Not public, but there from 3.9 on, and the only thing that runs before the threads of executors are waited for.
+    _register(_before_threads_are_joined)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -89,6 +89,11 @@ def save(
         SaveError: the file could not be written; the old one is untouched and nothing is left behind.
         LastGoodError: it could not be put in place; the complete data stay under the name that the error gives.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise SaveError(
+            f"lastgood.save takes a path, not {path!r}: only a file with a name can be replaced as a whole. Pass the "
+            "path, or write to the file object with torch.save."
+        )
     target = disk.real_path(path)
     if not disk.is_dir(target.parent):
         raise SaveError(f"{target} was not saved: the directory {target.parent} does not exist. Make it first.")
@@ -135,22 +140,44 @@ def _safetensors_writer(obj: object, path: Path) -> Callable[[BinaryIO], None]:
     return write
 
 
-def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", allow: Iterable[Any] = ()) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    map_location: Any = "cpu",
+    *,
+    weights_only: bool | None = True,
+    mmap: bool | None = None,
+    allow: Iterable[Any] = (),
+) -> Any:
     """Load what :func:`save` or ``torch.save`` wrote, checked, without running any code from the file.
 
     Args:
         path: a torch file, or a .safetensors file, which gives a dict of tensors.
-        map_location: as in ``torch.load``.
+        map_location: as in ``torch.load``: a device, a dict, a function, or None for the devices they were saved from.
+        weights_only: taken for the sake of ``torch.load``'s callers; False changes nothing.
+        mmap: map tensors from the file instead of copying them, as in ``torch.load``; they are checked all the same.
+            It makes no difference for .safetensors files.
         allow: classes and functions, beyond those of tensors and plain containers, that the file may name.
 
     Raises:
         FileNotFoundError: there is no such file.
         DamagedError: the file is short, or bytes in it have changed.
         RefusedError: reading it would run code from it.
+        LastGoodError: `path` is a directory or no path at all.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise LastGoodError(
+            f"lastgood.load takes a path, not {path!r}. Pass the path of the file; "
+            "lastgood.torchfile.read reads a file object that can seek."
+        )
     source = Path(path)
+    if disk.is_dir(source):
+        raise LastGoodError(
+            f"{source} was not loaded: it is a directory. A run of checkpoints is restored by Checkpointer.restore()."
+        )
     if not disk.is_file(source):
-        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(source))
+        missing = FileNotFoundError(f"{source} was not loaded: there is no such file.")
+        missing.errno = errno.ENOENT
+        raise missing
     if source.suffix == ".safetensors":
         return _load_safetensors(source, map_location)
     from lastgood import torchfile
@@ -158,7 +185,7 @@ def load(path: str | os.PathLike[str], *, map_location: Any = "cpu", allow: Iter
     damage = torchfile.verify(source)
     if damage:
         raise DamagedError(f"{source} is damaged: {'; '.join(damage)}. Load an earlier file, or a copy.")
-    return torchfile.read(source, map_location=map_location, allow=allow)
+    return torchfile.read(source, map_location=map_location, mmap=bool(mmap), allow=allow)
 
 
 def _load_safetensors(path: Path, map_location: Any) -> Any:
@@ -171,4 +198,7 @@ def _load_safetensors(path: Path, map_location: Any) -> Any:
     except safetensors.SafetensorError as error:
         # The format has no checksum: what can be noticed is a header or a length that does not fit.
         raise DamagedError(f"{path} is damaged: {error}. Load an earlier file, or a copy.") from error
-    return {name: tensor.to(map_location) for name, tensor in tensors.items()}
+    from lastgood.torchfile import safetensors_device
+
+    device = safetensors_device(map_location)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ from lastgood import values
 from lastgood.catalog import Entry
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
-from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
+from lastgood.live import derive_generator, into_value, is_plain, is_value, keep_left_out, uncast
 from lastgood.manifest import Manifest, RankRecord
 from lastgood.placement import LocalTensor
 from lastgood.reading import Want, read_wanted
@@ -49,6 +49,8 @@ class Loading:
     strict: bool
     leave_out: Sequence[str] = ()
     """Patterns of state paths that keep their present values."""
+    replicated: Sequence[str] = ()
+    """Patterns of what the caller wants to be the same on every rank."""
     notes: list[str] = field(default_factory=list)
     """What was not carried over, in sentences."""
     _problems: list[str] = field(default_factory=list)
@@ -63,6 +65,10 @@ class Loading:
     """Tensors of modules that have another type than they were saved with."""
     _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
     """By memory of a module's tensor, its path and the saved tensor that goes there."""
+    _personal: set[str] = field(default_factory=set)
+    """Tensors of which this rank takes its own version, though other numbers of ranks saved and restore."""
+    _derived: set[str] = field(default_factory=set)
+    """Generators of which the checkpoint has no state for this rank."""
 
     def prepare(self) -> None:
         """Compare names, types and shapes. Changes nothing.
@@ -90,7 +96,10 @@ class Loading:
                     self._prepare_module(name, value)
                 elif kind == "optimizer":
                     self._prepare_optimizer(name, value, names)
+                elif kind == "generator":
+                    self._prepare_generator(name)
                 else:
+                    self._check_values(name, tensor_names(self._tree(name)))
                     self._want_tree(self._tree(name))
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise DamagedError(f"{self.entry.path}: the state of {name} has no valid form: {error!r}") from error
@@ -138,6 +147,13 @@ class Loading:
             self._finish_optimizer(name, value)
         elif kind == "generator":
             value.set_state(self._decode(self._tree(name)))
+            if name in self._derived:
+                seed = derive_generator(value, name, self.world.rank, self.world.size, self.manifest.step)
+                self.notes.append(
+                    f"{name}: rank {self.world.rank} has no state of its own in this checkpoint (saved by "
+                    f"{self.manifest.world_size} ranks): it is seeded with {seed}, which follows from rank 0's state, "
+                    f"the rank and the step. If all ranks shall draw the same numbers, pass replicated=[{name!r}]."
+                )
         elif kind == "stateful":
             present = value.state_dict() if self.leave_out else None
             value.load_state_dict(keep_left_out(present, self._decode(self._tree(name)), name, self.leave_out))
@@ -162,20 +178,55 @@ class Loading:
 
     def _resolve(self, name: str) -> str:
         """The name of this rank's version of a tensor."""
-        if self.world.size != self.manifest.world_size:
+        if self.world.size != self.manifest.world_size and name not in self._personal:
             return name
         return self._record().local.get(name, name)
+
+    def _differs(self, name: str, own: str) -> bool:
+        """Whether a rank's own version of a tensor is another than rank 0's."""
+        a, b = self.manifest.tensors[name], self.manifest.tensors[own]
+        return (a.dtype, a.shape, [c.checksum for c in a.chunks]) != (b.dtype, b.shape, [c.checksum for c in b.chunks])
 
     def _check_carried(self, name: str, essential: bool) -> None:
         """With another world size, rank 0's version of what each rank had for itself is all there is."""
         if self.world.size == self.manifest.world_size:
             return
         if any(name in record.local for record in self.manifest.ranks.values()):
-            text = f"{name}: every one of {self.manifest.world_size} ranks had its own, and here are {self.world.size}"
             if essential:
-                self._problem(text)
+                self._problem(
+                    f"{name}: every one of {self.manifest.world_size} ranks had its own, and here are {self.world.size}"
+                )
             else:
-                self.notes.append(text + "; rank 0's is used")
+                self._check_values(name, [name])
+
+    def _check_values(self, name: str, tensors: Iterable[str], what: str = "") -> None:
+        """With another world size, the values of an object are rank 0's: say so where the ranks' were not the same."""
+        # The same on every rank: one says it.
+        if self.world.size == self.manifest.world_size or self.world.rank != 0:
+            return
+        wanted = set(tensors)
+        for record in self.manifest.ranks.values():
+            if name in record.objects or any(
+                self._differs(tensor, own) for tensor, own in record.local.items() if tensor in wanted
+            ):
+                self.notes.append(
+                    f"{name}: {self.manifest.world_size} ranks had {what or 'values'} of their own, and here are "
+                    f"{self.world.size}: all take rank 0's"
+                )
+                return
+
+    def _prepare_generator(self, name: str) -> None:
+        """Where the ranks had states of their own, each goes on with its own; the others get one that is derived."""
+        (tensor,) = tensor_names(self._tree(name))
+        versions = [record.local.get(tensor, tensor) for rank, record in self.manifest.ranks.items() if rank]
+        if self.world.rank < self.manifest.world_size:
+            self._personal.add(tensor)
+        else:
+            # Where they all drew the same numbers, so do those that join them.
+            shared = versions and not any(self._differs(tensor, version) for version in versions)
+            if not shared and not matches(name, self.replicated):
+                self._derived.add(name)
+        self._want_tree(self._tree(name))
 
     def _problem(self, text: str) -> None:
         self._problems.append(text)
@@ -199,6 +250,7 @@ class Loading:
                 continue
             tree = saved.pop(key)
             if is_value(key, tensor):
+                self._check_values(path, tensor_names(tree))
                 self._want_tree(tree)
                 continue
             if not isinstance(tree, dict) or tree.get("$") != "tensor":
@@ -216,7 +268,9 @@ class Loading:
             if not matches(f"{name}.{key}", self.leave_out):
                 self._problem(f"{name}.{key} is in the checkpoint but not in the model")
         by_key = {clean(key, renames): parameter for key, parameter in module.named_parameters()}
-        for key, tree in self._tree(name).get("gradients", {}).items():
+        gradients = self._tree(name).get("gradients", {})
+        self._check_values(name, tensor_names(gradients), "gradients or other values")
+        for key, tree in gradients.items():
             self._want_tree(tree, by_key.get(key))
 
     def _want(self, path: str, name: str, local: LocalTensor) -> None:
@@ -253,8 +307,9 @@ class Loading:
             for tensor in tensor_names(held):
                 self._check_carried(tensor, essential=True)
             self._want_tree(held, by_label.get(label))
-        self._want_tree([saved["options"] for saved in there])
-        self._want_tree([self._tree(name)["shared"], self._tree(name)["extra"]])
+        rest = [*(saved["options"] for saved in there), self._tree(name)["shared"], self._tree(name)["extra"]]
+        self._check_values(name, tensor_names(rest))
+        self._want_tree(rest)
 
     def _want_tree(self, tree: Json, like: torch.Tensor | None = None) -> None:
         """Want all tensors of a tree: into the memory of the present state where it has the same, else into new one.

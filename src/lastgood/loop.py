@@ -54,7 +54,7 @@ class Loop:
                 if not complete:
                     self._meeting.leave()
             if done > step:
-                self._owner.save(done).result()
+                self._owner.save(done, blocking=True).result()  # Blocking is never skipped.
 
     def _save(self, step: int) -> None:
         self._owner.save(step)
@@ -68,7 +68,7 @@ class Loop:
             _log.error("rank 0 stopped the job at step %d, before this rank heard of it", decision.step)
         else:
             _log.warning("stopping after step %d (%s): saving", step, decision.reason)
-            self._owner.save(step).wait()
+            self._owner.save(step, blocking=True)
         self._owner.stop(step, decision.reason)
 
     def _boundary(self, step: int) -> None:

@@ -21,22 +21,34 @@ EVENTS = "events.jsonl"
 _LATE_LINES = 1000
 
 
+_PACKAGES = ("safetensors", "numpy")
+_INTEGRATIONS = ("lightning", "pytorch_lightning", "transformers", "accelerate")
+
+
 def lastgood_version() -> str:
+    return _version("lastgood") or "not installed"
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; it is not imported."""
     try:
-        return importlib.metadata.version("lastgood")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def versions() -> dict[str, str]:
-    """The versions that a restored run may want to know of."""
+    """The versions that a restored run may want to know of; of integrations, those that the program has imported."""
     import torch  # Only here: the event log and the command line do without it.
 
+    packages = [*_PACKAGES, *(name for name in _INTEGRATIONS if sys.modules.get(name) is not None)]
+    found = {name: version for name in packages if (version := _version(name)) is not None}
     return {
         "lastgood": lastgood_version(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "system": platform.platform(),
+        **found,
     }
 
 

@@ -42,7 +42,12 @@ def apply(saved: Json) -> list[str]:
         try:
             import numpy as np
 
-            np.random.set_state(_with_arrays(state["numpy"]))
+            held = state["numpy"]
+            if type(held) is tuple:  # As it was written first: a Mersenne Twister, in the older form that numpy has.
+                name, words, *rest = held
+                np.random.set_state((name, np.frombuffer(words, dtype="<u4"), *rest))
+            else:
+                np.random.set_state(_with_arrays(held))
         except (ImportError, TypeError, ValueError) as error:
             left.append(f"the random state of numpy ({error})")
     devices = state.get("cuda", [])

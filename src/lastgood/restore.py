@@ -59,6 +59,7 @@ class Restore:
     """Seconds for which a rank waits for the others to call restore."""
     report: Callable[[str, Entry, str], None]
     leave_out: Sequence[str] = ()
+    replicated: Sequence[str] = ()
 
     def run_root(self, step: int | Literal["best"] | None, keep: Keep) -> Restored:
         """Rank 0: choose, load, and let the others load the same."""
@@ -180,7 +181,7 @@ class Restore:
         self.channel.post(f"{self.key}/{number}", {"name": entry.name, "place": place, "attempt": manifest.attempt})
         end = time.monotonic() + LOAD_SECONDS
         others = range(1, self.world.size)
-        loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out)
+        loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out, self.replicated)
         # First vote: does it fit? Nothing is changed before every rank said yes.
         vote = self._vote(loading.prepare)
         self._count(vote, self.channel.collect(f"{self.key}/{number}/fits", others, end), entry)
@@ -254,7 +255,7 @@ class Restore:
             manifest = catalog.check_quick(entry)
             if manifest.attempt != proposal["attempt"]:
                 raise LastGoodError(f"{entry.path} is another checkpoint here than on rank 0: another disk?")
-            loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out)
+            loading = Loading(entry, manifest, self.objects, self.world, self.strict, self.leave_out, self.replicated)
             loading.prepare()
 
         self.channel.post(f"{key}/fits", self._vote(prepare))

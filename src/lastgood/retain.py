@@ -42,7 +42,8 @@ class Keep:
     every: int | None = None
     """Keep for good each step that is a multiple of this."""
     max_bytes: int | None = None
-    """Delete the oldest until the run has at most so many bytes, whatever the other rules say; two always stay."""
+    """Delete the oldest until the run has at most so many bytes, whatever the other rules say. The two newest of the
+    present branch always stay, where the other rules keep them (with ``last=1`` it is one)."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -174,6 +175,8 @@ class Retention:
         """Files that several checkpoints may share: how many were verified since it was read back."""
         self._decision: tuple[str | None, set[str]] = None, set()
         """The newest checkpoint when the policy was applied last, and those that it did not want."""
+        self.kept: list[Entry] = []
+        """What was there when the policy had been applied last, from old to new."""
         self.verified: str | None = None
         """The newest checkpoint that was read back, or that this life was restored from."""
 
@@ -202,6 +205,7 @@ class Retention:
         """
         self.finish()
         known = self.known()
+        self.kept = [k.entry for k in known]
         branch = [entry.name for entry in catalog.lineage(newest, [k.entry for k in known])]
         doomed = spare(known, choose(known, branch, self._keep))
         if not doomed:
@@ -209,7 +213,9 @@ class Retention:
         self._read_back(newest, written)
         self.verified = newest.name
         self._decision = newest.name, {k.entry.name for k in doomed}
-        return self._delete(doomed, _POLICY)
+        gone = self._delete(doomed, _POLICY)
+        self.kept = [entry for entry in self.kept if entry.name not in gone]
+        return gone
 
     def _read_back(self, newest: Entry, written: Written | None) -> None:
         """Verify every byte of a checkpoint, but for a linked file that was read back lately under another name."""

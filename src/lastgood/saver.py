@@ -22,6 +22,8 @@ from lastgood.values import Json
 from lastgood.world import World
 
 _log = logging.getLogger("lastgood")
+_NAMED = 6
+"""So many checkpoints that are kept the log names; of more it says the number."""
 
 
 class Saver:
@@ -232,17 +234,25 @@ class Saver:
             missing=list(done.missing),
             metrics=request.metrics,
             deleted=deleted,
+            kept=len(self.retention.kept),
         )
         _log.info(
-            "saved step %d: %s in %.2f s (%s/s), training held up %.1f ms%s",
+            "saved step %d: %s in %.2f s (%s/s), training held up %.1f ms, kept %s%s",
             request.step,
             format_bytes(done.bytes),
             seconds,
             format_bytes(int(done.bytes / max(seconds, 1e-9))),
             handle.stall * 1e3,
+            _kept(self.retention.kept),
             f", deleted {', '.join(deleted)}" if deleted else "",
         )
         if self._scalars is not None:
             self._scalars.write(request.step, done.bytes, seconds, handle.stall)
         if self._copier is not None:
             self._copier.notify()
+
+
+def _kept(entries: Sequence[catalog.Entry]) -> str:
+    if len(entries) > _NAMED:
+        return f"{len(entries)} checkpoints"
+    return f"{'steps' if len(entries) > 1 else 'step'} {', '.join(str(entry.step) for entry in entries)}"

@@ -34,8 +34,9 @@ class StopRequest:
 
         The first one only sets :attr:`reason`, after calling the handler that was there before. Launchers pass on
         what the terminal or the scheduler has sent to every process already, so for `REPEAT_SECONDS` more signals are
-        taken for the same request. After that the former handlers are back, and a signal does what it would do
-        without us: it ends the program. A signal that the program was started to ignore stays ignored.
+        taken for the same request. After that a signal ends the program: the former handler is called, and where
+        that returns, the signal's default action follows. A signal that the program was started to ignore stays
+        ignored.
         """
         if threading.current_thread() is not threading.main_thread():
             _log.warning("signals can only be taken in the main thread: this loop stops on the stop file alone")
@@ -65,6 +66,9 @@ class StopRequest:
                     former(number, frame)
             elif time.monotonic() - first >= REPEAT_SECONDS:
                 put_back()
+                if callable(former):
+                    former(number, frame)
+                    signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
 
         for name in _NAMES:

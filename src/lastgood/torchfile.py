@@ -10,7 +10,7 @@ import ctypes
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ ALIGNMENT = 64
 """Bytes. torch aligns every storage to this; one that an archiver moved is copied, not mapped."""
 
 File = str | os.PathLike[str] | BinaryIO
+MapLocation = str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], Any] | None
 Kind = Literal["zip", "legacy", "torchscript", "safetensors", "unknown"]
 
 
@@ -56,7 +57,7 @@ class TorchFileInfo:
 def read(
     file: File,
     *,
-    map_location: str | torch.device | None = "cpu",
+    map_location: MapLocation = "cpu",
     mmap: bool = False,
     allow: Iterable[Any] = (),
     records: Records = (),
@@ -65,7 +66,8 @@ def read(
 
     Arguments:
         file: a path, or a binary file object that can seek; it is read from its beginning.
-        map_location: device for all tensors; None is the device that each was saved from.
+        map_location: device for all tensors; None is the device that each was saved from. Or, as in ``torch.load``, a
+            dict from devices to devices, or a function of the storage (on the CPU) and the device it was saved from.
         mmap: map tensors from the file instead of copying them (zip format on CPU, by path only).
         allow: classes and functions that the file may use, or `(object, "module.name")`. They run with what the file
             gives them: allow only what you trust with the file's content.
@@ -191,7 +193,7 @@ def _refuse_kind(kind: Kind, size: int) -> None:
         raise LastGoodError("empty" if size == 0 else "neither a file of torch.save nor safetensors")
 
 
-def _read_safetensors(stream: BinaryIO, map_location: str | torch.device | None) -> dict[str, torch.Tensor]:
+def _read_safetensors(stream: BinaryIO, map_location: MapLocation) -> dict[str, torch.Tensor]:
     import safetensors.torch
 
     stream.seek(0)
@@ -199,8 +201,20 @@ def _read_safetensors(stream: BinaryIO, map_location: str | torch.device | None)
         tensors = safetensors.torch.load(stream.read())
     except safetensors.SafetensorError as error:
         raise DamagedError(f"the safetensors library does not take it: {error}") from error
-    device = torch.device("cpu" if map_location is None else map_location)
+    device = safetensors_device(map_location)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def safetensors_device(map_location: MapLocation) -> torch.device:
+    """Where the tensors of a file go that does not say where they were. Raises LastGoodError for a function."""
+    if callable(map_location):
+        raise LastGoodError(
+            "map_location is a function of the device that a tensor was saved from, which a safetensors file does not "
+            'say: name the device instead, for instance map_location="cpu".'
+        )
+    if map_location is None or isinstance(map_location, Mapping):
+        return torch.device("cpu")
+    return torch.device(map_location)
 
 
 def _read_zip(archive: ZipArchive, names: Names, records: Records, storages: _ZipStorages) -> tuple[Any, set[str]]:
@@ -213,15 +227,21 @@ def _read_zip(archive: ZipArchive, names: Names, records: Records, storages: _Zi
 Placer = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
 
-def _placer(map_location: str | torch.device | None) -> Placer | None:
+def _placer(map_location: MapLocation) -> Placer | None:
     """Moves a storage from the CPU to its device; None for the meta device, where no content is wanted."""
-    if map_location is not None and torch.device(map_location).type == "meta":
+    if isinstance(map_location, str | torch.device) and torch.device(map_location).type == "meta":
         return None
 
     restore: Any = torch.serialization.default_restore_location
 
     def place(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        where = location if map_location is None else str(map_location)
+        where = location
+        if isinstance(map_location, str | torch.device):
+            where = str(map_location)
+        elif isinstance(map_location, Mapping):
+            where = map_location.get(location, location)
+        elif map_location is not None and (placed := map_location(storage, location)) is not None:
+            return cast(torch.UntypedStorage, placed)
         if where == "cpu":
             return storage
         try:

@@ -15,7 +15,8 @@ from lastgood.cli.i18n import help_texts
 def shown_texts() -> set[str]:
     """Everything that is passed to ``_()``, and the help of every command and option."""
     found = set()
-    for path in Path(lastgood.cli.__file__).parent.glob("*.py"):
+    here = Path(lastgood.cli.__file__).parent
+    for path in [*here.glob("*.py"), *(here.parent / "demo").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_" and node.args:
                 found.add(ast.literal_eval(node.args[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ lightning = pytest.importorskip("lightning")
 
 import lightning_ddp  # noqa: E402
 
-from lastgood import DamagedError, LastGoodError, RefusedError  # noqa: E402
+from lastgood import DamagedError, LastGoodError, RefusedError, disk  # noqa: E402
 from lastgood.integrations.lightning import LastGood, LastGoodCheckpointIO  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -95,6 +96,25 @@ def test_an_ordinary_shuffling_loader_goes_on_exactly_from_the_end_of_an_epoch(t
     assert run_ranks(1, lambda rank: fit(rank, tmp_path / "run", 13, 5), tmp_path / "b")[0].code == -9
     resumed = run_ranks(1, lambda rank: fit(rank, tmp_path / "run", None, 99), tmp_path / "c")[0].ok()
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_the_last_save_of_a_fit_is_never_skipped(tmp_path: Path) -> None:
+    def slow(operation: disk.Operation, when: str) -> None:
+        if operation.name == "write" and when == "before" and operation.path.name.endswith(".safetensors"):
+            time.sleep(1.0)
+
+    def fit(rank: Rank) -> None:
+        disk.observer = slow
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[LastGood(rank.run, 1, busy="skip")],
+        )  # fmt: skip
+        trainer.fit(lightning_ddp.Net(), lightning_ddp.Batches(5, 0))
+
+    (ended,) = run_ranks(1, fit, tmp_path)
+    ended.ok()
+    assert ended.logged("step 5 is not saved"), "the one at the end of the last batch"
+    assert checkpoints(tmp_path / "run")[-1].startswith("step-00000005")
 
 
 def test_a_ckpt_path_beside_a_run_with_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rank_processes import Rank, World, at_message, checkpoints, events, run_ranks, wait_until
 
-from lastgood import stop
+from lastgood import disk, stop
 
 
 def objects() -> dict[str, Any]:
@@ -144,6 +144,28 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
     for rank in range(2):
         world.kill(rank, signal.SIGTERM)
     assert [e.code for e in world.wait()] == [-signal.SIGTERM] * 2
+
+
+def test_a_second_signal_ends_a_program_whose_own_handler_would_go_on(tmp_path: Path) -> None:
+    def main(rank: Rank) -> None:
+        signal.signal(
+            signal.SIGTERM, lambda number, frame: rank.mark(f"heard-{len(list(rank.scratch.glob('mark-h*')))}")
+        )
+
+        def work(step: int) -> None:
+            rank.mark("in-step")
+            time.sleep(300)
+
+        loop(rank, work)
+
+    world = World(1, main, tmp_path, limit=30)
+    wait_until(lambda: (tmp_path / "mark-in-step").exists(), "the first step")
+    world.kill(0, signal.SIGTERM)
+    wait_until(lambda: (tmp_path / "mark-heard-0").exists(), "the program's own handler")
+    time.sleep(stop.REPEAT_SECONDS + 0.3)
+    world.kill(0, signal.SIGTERM)
+    assert world.wait()[0].code == -signal.SIGTERM
+    assert (tmp_path / "mark-heard-1").exists(), "it is called again, and has its chance"
 
 
 def test_a_signal_twice_in_a_moment_still_saves(tmp_path: Path) -> None:
@@ -303,6 +325,33 @@ def test_two_loops_in_one_program(tmp_path: Path) -> None:
         return seen
 
     assert [e.ok() for e in run_ranks(2, main, tmp_path)] == [list(range(30))] * 2
+
+
+def slow_writes(operation: disk.Operation, when: str) -> None:
+    if operation.name == "write" and when == "before" and operation.path.name.endswith(".safetensors"):
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["at the end", "at a stop"])
+def test_the_last_save_is_never_skipped(tmp_path: Path, asked: bool) -> None:
+    """``busy="skip"`` leaves out saves of which another follows. After the last one none does."""
+
+    def main(rank: Rank) -> None:
+        disk.observer = slow_writes
+        work = lockstep(rank)
+
+        def step(number: int) -> None:
+            work(number)
+            if asked and number == 3 and rank.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loop(rank, step, total=None if asked else 5, every=2, busy="skip")
+
+    ended = run_ranks(2, main, tmp_path)
+    assert [e.code for e in ended] == [75 * asked] * 2
+    done = {int((tmp_path / f"done-{rank}").read_text()) for rank in range(2)}
+    assert done == {saved_step(tmp_path / "run")}
+    assert "step-00000002" in checkpoints(tmp_path / "run"), "the save that was under way"
 
 
 def test_outside_the_main_thread_the_stop_file_works(tmp_path: Path) -> None:

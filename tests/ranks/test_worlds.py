@@ -144,3 +144,94 @@ def test_saving_without_restoring_first_is_no_mistake_of_a_late_rank(tmp_path: P
         return path
 
     assert all(ended.ok() == tmp_path / "run" / "step-00000003" for ended in run_ranks(2, save, tmp_path))
+
+
+class Sampler:
+    """Of which every rank has its own place in the data."""
+
+    def __init__(self) -> None:
+        self.place, self.order = 0, torch.zeros(3, dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place, self.order = state["place"], state["order"]
+
+
+def own_things(rank: Rank) -> dict[str, Any]:
+    torch.manual_seed(5)
+    sampler = Sampler()
+    sampler.place, sampler.order = 10 + rank.rank, torch.arange(3) + rank.rank
+    model = torch.nn.Linear(3, 2)
+    (model(torch.ones(3)).sum() * (rank.rank + 1)).backward()
+    return {
+        "model": model,
+        "sampler": sampler,
+        "table": torch.full((4,), float(rank.rank)),
+        "name": f"rank {rank.rank}",
+        "same": {"epoch": 3, "weights": torch.ones(5)},
+        "noise": torch.Generator().manual_seed(20 + rank.rank),
+        "shuffle": torch.Generator().manual_seed(9),
+    }
+
+
+@pytest.mark.parametrize(("saved_by", "restored_by"), [(2, 4), (1, 3), (3, 1)])
+def test_what_every_rank_had_for_itself_goes_to_another_number_of_ranks(
+    tmp_path: Path, saved_by: int, restored_by: int
+) -> None:
+    options: dict[str, Any] = {"gradients": True, "replicated": ["model.weight", "model.bias", "shuffle"]}
+
+    def save(rank: Rank) -> Any:
+        objects = own_things(rank)
+        with rank.checkpointer(**objects, **options) as ckpt:
+            ckpt.save(3)
+        return torch.rand(2, generator=objects["noise"]).tolist()
+
+    def restore(rank: Rank) -> Any:
+        blank = Rank(50, rank.size, rank.scratch, rank.run)
+        objects = own_things(blank)
+        with rank.checkpointer(**objects, **options) as ckpt:
+            assert ckpt.restore() == 3
+            assert ckpt["name"] == "rank 0" and ckpt["same"]["epoch"] == 3
+        assert objects["sampler"].place == 10 and objects["sampler"].order.tolist() == [0, 1, 2]
+        assert objects["table"].tolist() == [0.0] * 4
+        assert objects["model"].weight.grad.tolist() == [[1.0] * 3] * 2
+        drawn = [torch.rand(2, generator=objects[name]).tolist() for name in ("noise", "shuffle")]
+        return *drawn, objects["same"]["weights"].tolist()
+
+    saved = [ended.ok() for ended in run_ranks(saved_by, save, tmp_path / "save", run=tmp_path / "run")]
+    first = run_ranks(restored_by, restore, tmp_path / "a", run=tmp_path / "run")
+    again = run_ranks(restored_by, restore, tmp_path / "b", run=tmp_path / "run")
+    assert [e.ok() for e in first] == [e.ok() for e in again], "what is derived is the same every time"
+    noise = [ended.ok()[0] for ended in first]
+    kept = min(saved_by, restored_by)
+    assert noise[:kept] == saved[:kept], "a rank whose generator was saved goes on with its own"
+    assert len({str(numbers) for numbers in [*noise, *saved]}) == max(saved_by, restored_by), "nobody draws another's"
+    assert {str(ended.ok()[1]) for ended in first} == {
+        str(torch.rand(2, generator=torch.Generator().manual_seed(9)).tolist())
+    }
+    for rank, ended in enumerate(first):
+        assert len(ended.logged("noise: rank")) == (rank >= saved_by)
+        assert not ended.logged("shuffle:") and not ended.logged("same:")
+        for name in ("sampler", "table", "name", "model"):
+            assert len(ended.logged(f"{name}: {saved_by} ranks had")) == (saved_by > 1 and rank == 0)
+
+
+def test_a_generator_that_all_ranks_had_alike_stays_so(tmp_path: Path) -> None:
+    def save(rank: Rank) -> None:
+        with rank.checkpointer(order=torch.Generator().manual_seed(4)) as ckpt:
+            ckpt.save(1)
+
+    def restore(rank: Rank) -> Any:
+        order = torch.Generator()
+        with rank.checkpointer(order=order) as ckpt:
+            ckpt.restore()
+        return torch.randperm(9, generator=order).tolist()
+
+    for ended in run_ranks(2, save, tmp_path / "save", run=tmp_path / "run"):
+        ended.ok()
+    ended_all = run_ranks(3, restore, tmp_path / "restore", run=tmp_path / "run")
+    wanted = torch.randperm(9, generator=torch.Generator().manual_seed(4)).tolist()
+    assert [e.ok() for e in ended_all] == [wanted] * 3
+    assert not any(e.logged("order") for e in ended_all)

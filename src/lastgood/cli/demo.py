@@ -12,35 +12,57 @@ from pathlib import Path
 
 import click
 
+from lastgood.cli.i18n import _
+from lastgood.cli.output import json_option, note, print_json
+
 
 @click.command()
 @click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Number of training processes.")
 @click.option("--keep-files", is_flag=True, help="Leave the runs on the disk, to look at.")
-def demo(nproc: int, keep_files: bool) -> None:
-    """Train, kill in the middle of a save, damage the newest checkpoint, resume, and compare."""
+@json_option
+def demo(nproc: int, keep_files: bool, as_json: bool) -> None:
+    """Train, kill in the middle of a save, damage the newest checkpoint, resume, and compare.
+
+    The exit code is 1 where a promise is not kept.
+    """
     missing = [name for name in ("sklearn", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
-        raise click.ClickException(f"the demo needs {', '.join(missing)}: pip install 'lastgood[demo]'")
+        raise click.ClickException(_("the demo needs {names}: pip install 'lastgood[demo]'", names=", ".join(missing)))
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from lastgood.demo.story import tell
+    from lastgood.demo import story
 
     logging.getLogger("lastgood").addHandler(logging.NullHandler())
-    console = Console()
+    console = Console(highlight=False)
     began = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="lastgood-demo-"))
+
+    def say(text: str) -> None:
+        line = f"{time.monotonic() - began:5.1f} s  {text}"
+        if as_json:
+            note(line)
+        else:
+            console.print(Text(line))
+
     try:
-        findings = tell(
-            directory, nproc, lambda text: console.print(f"[dim]{time.monotonic() - began:5.1f} s[/]  {text}")
-        )
+        findings = story.tell(directory, nproc, say)
     finally:
         if not keep_files:
             shutil.rmtree(directory, ignore_errors=True)
-    table = Table("promise", "what was seen", "kept")
-    for finding in findings:
-        table.add_row(finding.promise, finding.seen, "[green]yes[/]" if finding.kept else "[red]NO[/]")
-    console.print(table)
-    console.print(f"{time.monotonic() - began:.0f} s" + (f", files in {directory}" if keep_files else ""))
-    if not all(finding.kept for finding in findings):
+    if as_json:
+        found = [{"promise": item.promise, "seen": item.seen, "kept": item.kept} for item in findings]
+        print_json({"promises": found, "files": str(directory) if keep_files else None})
+    else:
+        table = Table(show_lines=True)
+        for heading in (_("promise"), _("what was seen"), _("kept")):
+            table.add_column(heading, overflow="fold")
+        for item in findings:
+            kept = Text(_("yes"), "green") if item.kept else Text(_("NO"), "red")
+            table.add_row(Text(item.promise), Text(item.seen), kept)
+        console.print(table)
+        if keep_files:
+            console.print(Text(_("The files are in {path}", path=directory)))
+    if not all(item.kept for item in findings):
         sys.exit(1)

@@ -51,7 +51,7 @@ def byte_count(text: str) -> int:
     "--max-bytes",
     type=byte_count,
     metavar="SIZE",
-    help="Delete the oldest until the run is no larger; two always stay.",
+    help="Delete the oldest until the run is no larger; the two newest stay, or one with --keep-last 0 or 1.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted; delete nothing.")
 @json_option

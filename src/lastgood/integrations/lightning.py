@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from lastgood import Checkpointer, disk, files, random_state, torchfile
 from lastgood.errors import DamagedError, LastGoodError
+from lastgood.handle import SaveHandle
 from lastgood.retain import Keep
 
 __all__ = ["LastGood", "LastGoodCheckpointIO"]
@@ -68,6 +69,8 @@ class LastGood(Checkpoint):
         self._options = options
         self._random: Any = None
         self._reached = 0
+        self._handle: SaveHandle | None = None
+        """Of the last save of this ``fit``."""
         self.checkpointer: Checkpointer | None = None
         """The one in use, while ``fit`` runs."""
 
@@ -77,6 +80,7 @@ class LastGood(Checkpoint):
             raise LastGoodError(
                 f"{strategy} hides the parameters from a save. Use DDPStrategy, or ModelParallelStrategy with FSDP2."
             )
+        self._handle = None
         self.checkpointer = Checkpointer(
             self._run,
             keep=self._keep,
@@ -116,14 +120,16 @@ class LastGood(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._reached:
-            self._save(trainer)
+        # With busy="skip", the save of this very step may have been left out: no rank knows before its fate is decided.
+        left_out = self._handle is not None and self._handle.wait() and self._handle.state == "skipped"
+        if left_out or trainer.global_step > self._reached:
+            self._save(trainer, last=True)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, last: bool = False) -> None:
         assert self.checkpointer is not None
         self._reached = trainer.global_step
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        self.checkpointer.save(self._reached, metrics=values)
+        self._handle = self.checkpointer.save(self._reached, metrics=values, blocking=last)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for the last save; raises SaveError where it failed."""
