@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch.utils.data import DataLoader
 
 import lastgood
 from lastgood_sovits.errors import SovitsError
@@ -29,6 +28,7 @@ from lastgood_sovits.s1 import (
 from lastgood_sovits.s1.config import Precision
 from lastgood_sovits.text import symbol_ids
 from lastgood_sovits.train.initial import check_given, find_checkpoint, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.loader import batches
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare
 from lastgood_sovits.train.trainer import Trainer, replace, switch_off_dropout
@@ -164,21 +164,11 @@ class Stage1(Trainer):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         workers = self.options.workers
         if workers is None:
             workers = self.config.data.num_workers if self.ranks.device.type == "cuda" else 0
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.ranks.device.type == "cuda",
-            generator=torch.Generator(),  # A loader would draw from the training's random numbers otherwise.
-        )
-        while True:
-            yield from loader
+        return batches(self.dataset, self.sampler, collate, workers=workers, device=self.ranks.device)
 
     def train(self, batch: Batch) -> StepResult:
         result = self.training(batch)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.amp.grad_scaler import GradScaler
-from torch.utils.data import DataLoader
 
 import lastgood
 from lastgood_sovits.audio import mel_from_spectrogram, spectrogram
@@ -25,6 +24,7 @@ from lastgood_sovits.s2.step import StepResult, TrainStep
 from lastgood_sovits.s2.synthesizer import Synthesizer
 from lastgood_sovits.train.drawn import Draw, Drawn, KeyedClips, KeyedSampler
 from lastgood_sovits.train.initial import check_given, find_pair, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.loader import batches
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare, seed_step
 from lastgood_sovits.train.report import Report
@@ -184,21 +184,13 @@ class Stage2(Trainer):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Drawn]:
+    def batches(self) -> Generator[Drawn, None, None]:
         workers = self.options.workers
         if workers is None:
             workers = 5 if self.ranks.device.type == "cuda" else 0
-        loader = DataLoader(
-            KeyedClips(self.dataset),
-            batch_sampler=KeyedSampler(self.sampler),
-            collate_fn=Draw(self.seed, self.config.model.inter_channels, self.config.segment_frames),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.ranks.device.type == "cuda",
-            generator=torch.Generator(),  # A loader would draw from the training's random numbers otherwise.
-        )
-        while True:
-            yield from loader
+        clips, sampler = KeyedClips(self.dataset), KeyedSampler(self.sampler)
+        draw = Draw(self.seed, self.config.model.inter_channels, self.config.segment_frames)
+        return batches(clips, sampler, draw, workers=workers, device=self.ranks.device)
 
     def train(self, batch: Drawn) -> StepResult:
         batch = batch.to(self.ranks.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Trainer(ABC):
         """Puts in order what follows from the restored state."""
 
     @abstractmethod
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Generator[Any, None, None]:
         """Batches without end, one epoch after the other; each is drawn only when the one before it was trained on."""
 
     @abstractmethod
@@ -190,9 +191,9 @@ class Trainer(ABC):
         )
         if step >= total and self.ranks.first:
             self._write_again_if_missing(step)
-        batches = self.batches()
-        for number in ckpt.steps(total):
-            self._step(next(batches), number + 1, total, ckpt, report)
+        with closing(self.batches()) as batches:
+            for number in ckpt.steps(total):
+                self._step(next(batches), number + 1, total, ckpt, report)
 
     def _steps_left(self) -> int:
         left = self.epochs - self.epochs_done
