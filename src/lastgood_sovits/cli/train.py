@@ -41,12 +41,12 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
     The same command continues a run. Ctrl-C, SIGTERM or a file named "stop" in the run's folder ends the training
     after the present step, saved, with exit code 75.
     """
+    from lastgood_sovits.train.launch import launch, note_exit_code
+
     child = "RANK" in os.environ
     if not child:
         nproc = _devices(stage, config, given["device"]) if nproc is None else nproc
         if nproc > 1:
-            from lastgood_sovits.train.launch import launch
-
             sys.exit(launch(["train", stage, "--config", str(config), *_arguments(given)], nproc))
     from lastgood import LastGoodError
     from lastgood_sovits.errors import SovitsError
@@ -56,6 +56,9 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
     given["dropout"] = not given.pop("no_dropout")
     try:
         code = run("s1" if stage == "s1" else "s2", config, Options(**given))
+    except SystemExit as stopped:
+        note_exit_code(int(stopped.code or 0))
+        raise
     except (SovitsError, LastGoodError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
@@ -63,6 +66,7 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
         # What all ranks say, the first says; a rank that alone has a reason is heard before it is ended.
         time.sleep(2.0)
         raise click.ClickException(f"rank {rank}: {error}") from error
+    note_exit_code(code)
     sys.exit(code)
 
 
