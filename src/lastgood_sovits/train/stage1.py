@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 import lastgood
 from lastgood_sovits.errors import SovitsError
@@ -16,6 +18,7 @@ from lastgood_sovits.resume import write_checkpoint
 from lastgood_sovits.s1 import (
     Batch,
     BucketBatchSampler,
+    Clip,
     LockedRate,
     S1Dataset,
     StepResult,
@@ -28,6 +31,7 @@ from lastgood_sovits.s1 import (
 from lastgood_sovits.s1.config import Precision
 from lastgood_sovits.text import symbol_ids
 from lastgood_sovits.train.initial import check_given, find_checkpoint, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.keyed import Key, KeyedClips, KeyedSampler, generator_of
 from lastgood_sovits.train.loader import batches
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare
@@ -39,6 +43,21 @@ logger = logging.getLogger(__name__)
 WINDOW = 4
 """Micro-batches whose gradients are summed for one optimizer step, as upstream has it in its code."""
 _PRECISIONS: dict[str, Precision] = {"32": "32", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch of clips, with corrupted codes for the preference loss where `seed` is given."""
+
+    seed: int | None
+    upstream_compat: bool
+
+    def __call__(self, items: list[tuple[Key, tuple[Clip, Tensor]]]) -> Batch:
+        batch = collate([item for _, item in items])
+        if self.seed is None:
+            return batch
+        generators = [generator_of(self.seed, key) for key, _ in items]
+        return batch.with_rejected(generators, upstream_compat=self.upstream_compat)
 
 
 class Stage1(Trainer):
@@ -88,7 +107,7 @@ class Stage1(Trainer):
             world_size=ranks.size,
         )
         torch.manual_seed(config.train.seed)
-        model = Text2Semantic(config.model, upstream_compat=options.upstream_compat)
+        model = Text2Semantic(config.model, upstream_compat=options.upstream_compat, ranks=ranks.size)
         if not options.dropout:
             switch_off_dropout(model)
         self.model = ranks.wrap(model)
@@ -105,8 +124,6 @@ class Stage1(Trainer):
             self.schedule,
             window=WINDOW,
             precision=precision,
-            preference=config.train.if_dpo,
-            seed=config.train.seed,
             local_gradients=False,
         )
 
@@ -168,7 +185,10 @@ class Stage1(Trainer):
         workers = self.options.workers
         if workers is None:
             workers = self.config.data.num_workers if self.ranks.device.type == "cuda" else 0
-        return batches(self.dataset, self.sampler, collate, workers=workers, device=self.ranks.device)
+        seed = self.config.train.seed if self.config.train.if_dpo else None
+        made = Collate(seed, self.options.upstream_compat)
+        clips, sampler = KeyedClips(self.dataset), KeyedSampler(self.sampler)
+        return batches(clips, sampler, made, workers=workers, device=self.ranks.device)
 
     def train(self, batch: Batch) -> StepResult:
         result = self.training(batch)
@@ -181,7 +201,7 @@ class Stage1(Trainer):
         summed = self.ranks.sum(torch.stack([part.detach().double() for part in parts])).tolist()
         values = {"loss": summed[0], "top3_accuracy": summed[3] / max(summed[4], 1), "learning_rate": result.lr}
         if self.config.train.if_dpo:
-            values |= {"cross_entropy": summed[1], "preference": summed[2]}
+            values |= {"cross_entropy": summed[1], "preference": summed[2] / self.ranks.size}
         if result.grad_norm is not None:
             values["gradient"] = result.grad_norm
         return values

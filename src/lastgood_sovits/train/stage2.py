@@ -22,8 +22,9 @@ from lastgood_sovits.s2.optimization import build_optimizers, published_state, s
 from lastgood_sovits.s2.sampler import BucketSampler
 from lastgood_sovits.s2.step import StepResult, TrainStep
 from lastgood_sovits.s2.synthesizer import Synthesizer
-from lastgood_sovits.train.drawn import Draw, Drawn, KeyedClips, KeyedSampler
+from lastgood_sovits.train.drawn import Draw, Drawn
 from lastgood_sovits.train.initial import check_given, find_pair, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.keyed import KeyedClips, KeyedSampler
 from lastgood_sovits.train.loader import batches
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare, seed_step

@@ -123,6 +123,7 @@ def test_a_stop_before_the_first_step_is_not_called_saved(experiment: Experiment
 
 
 @_posix
+@pytest.mark.slow
 def test_a_stop_file_ends_all_processes_of_a_launcher_with_75(experiment: Experiment) -> None:
     experiment.s1["train"]["epochs"] = 500
     log, options = experiment.root / "output.txt", ("--device", "cpu", "--nproc", 2, "--log-every", 1)
