@@ -186,6 +186,11 @@ class ClipDataset(Dataset[Clip]):
                 f"{(*expected, frames)}: prepare this clip again"
             )
 
+    @property
+    def clips(self) -> list[tuple[str, int, list[int]]]:
+        """Name, frames and phoneme ids of each clip, once."""
+        return [(n, f, self._texts[n].tolist()) for n, f in dict(zip(self.names, self.lengths, strict=True)).items()]
+
     def __len__(self) -> int:
         return len(self.names)
 

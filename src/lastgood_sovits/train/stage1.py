@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -176,6 +177,15 @@ class Stage1(Trainer):
     def steps_per_epoch(self) -> int:
         return -(-len(self.dataset) // self.sampler.group)
 
+    @property
+    def position(self) -> int:
+        return self.sampler.position
+
+    @property
+    def fingerprint(self) -> str:
+        clips = [(clip.name, clip.phones, clip.seconds) for clip in self.dataset.clips]
+        return hashlib.sha256(repr(clips).encode()).hexdigest()
+
     def steps_left_in_epoch(self) -> int:
         return len(self.sampler)
 
@@ -214,9 +224,9 @@ class Stage1(Trainer):
     def weights_path(self, epoch: int, step: int) -> Path:
         return self.weights / s1_name(self.config.train.exp_name, epoch)
 
-    def write_weights(self, epoch: int, step: int) -> None:
+    def write_weights(self, path: Path, epoch: int, step: int) -> None:
         write_s1_weights(
-            self.weights_path(epoch, step),
+            path,
             bare(self.model).state_dict(),
             self.values,
             epoch=epoch,
@@ -228,7 +238,7 @@ class Stage1(Trainer):
 
         Raises SovitsError within an epoch, for upstream has no state for that.
         """
-        self.check_epoch_end(self.sampler.position)
+        self.check_epoch_end()
         path = folder / f"epoch={self.epochs_done - 1}-step={self.schedule.steps}.ckpt"
         write_checkpoint(
             path,

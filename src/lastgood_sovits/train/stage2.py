@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Generator
@@ -180,6 +181,14 @@ class Stage2(Trainer):
     def steps_per_epoch(self) -> int:
         return self.sampler.steps_per_epoch
 
+    @property
+    def position(self) -> int:
+        return self.sampler.position
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.dataset.clips).encode()).hexdigest()
+
     def steps_left_in_epoch(self) -> int:
         return len(self.sampler)
 
@@ -242,9 +251,9 @@ class Stage2(Trainer):
     def weights_path(self, epoch: int, step: int) -> Path:
         return self.weights / s2_name(self.config.name, epoch, step)
 
-    def write_weights(self, epoch: int, step: int) -> None:
+    def write_weights(self, path: Path, epoch: int, step: int) -> None:
         write_s2_weights(
-            self.weights_path(epoch, step),
+            path,
             bare(self.generator).state_dict(),
             self.values,
             version=self.version,
@@ -258,7 +267,7 @@ class Stage2(Trainer):
 
         Raises SovitsError within an epoch, for upstream has no state for that.
         """
-        self.check_epoch_end(self.sampler.position)
+        self.check_epoch_end()
         g_name, d_name = resume_names(step)
         rate, epoch = self.config.train.learning_rate, self.epochs_done
         pairs = ((d_name, self.discriminator, self.optimizer_d), (g_name, self.generator, self.optimizer_g))

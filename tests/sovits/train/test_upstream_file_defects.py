@@ -74,9 +74,9 @@ def _as_on_a_machine_of_its_own(folder: Path) -> None:
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     original = stage1.Stage1.write_weights
 
-    def write(self: stage1.Stage1, epoch: int, step: int) -> None:
+    def write(self: stage1.Stage1, path: Path, epoch: int, step: int) -> None:
         (folder / f"written-by-{self.ranks.rank}").touch()
-        original(self, epoch, step)
+        original(self, path, epoch, step)
 
     stage1.Stage1.write_weights = write  # type: ignore[method-assign]
 
