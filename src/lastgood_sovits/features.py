@@ -22,6 +22,7 @@ from lastgood import replace_file
 from lastgood_sovits.audio import read_wave
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.speaker import SpeakerVectors
+from lastgood_sovits.text import is_cantonese, read_lines
 
 logger = logging.getLogger(__name__)
 RATE = 32000
@@ -80,7 +81,7 @@ def make_features(
                 raise SovitsError(f"there is no recording {audio / name}")
             wave = levelled(read_wave(audio / name, RATE))
             features = listen(wave)
-            if read is not None and spans is not None and not _is_cantonese(phonemes):
+            if read is not None and spans is not None and not is_cantonese(phonemes):
                 _save(folder / "3-bert" / f"{name}.pt", read(text, spans))
                 made.bert += 1
             if recognise is not None:
@@ -184,7 +185,7 @@ def _texts(path: Path) -> dict[str, tuple[list[str], list[int] | None, str]]:
     if not path.is_file():
         raise SovitsError(f"{path} does not exist: run step 1A (text) of the data preparation first")
     found: dict[str, tuple[list[str], list[int] | None, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         parts = line.split("\t")
         if len(parts) != 4:
             continue
@@ -198,11 +199,6 @@ def _texts(path: Path) -> dict[str, tuple[list[str], list[int] | None, str]]:
         listed = isinstance(numbers, list) and all(type(number) is int for number in numbers)
         found[name] = (phonemes.split(" "), numbers if listed else None, text)
     return found
-
-
-def _is_cantonese(phonemes: list[str]) -> bool:
-    """Cantonese phonemes begin with Y, and only the consonant Y of English does otherwise."""
-    return any(len(phoneme) > 1 and phoneme.startswith("Y") for phoneme in phonemes)
 
 
 def _save(path: Path, tensor: Tensor) -> None:

@@ -78,6 +78,13 @@ def test_features_have_the_layout_that_training_reads(raw: Path, hubert: Path, b
     assert [path.name for path in (raw / "3-bert").iterdir()] == ["clip1.wav.pt"]
 
 
+def test_a_byte_order_mark_costs_no_clip_and_only_line_feeds_end_lines(raw: Path, hubert: Path) -> None:
+    path = raw / "2-name2text.txt"
+    path.write_text(path.read_text(encoding="utf-8").replace("hello", "hel\u2028lo"), encoding="utf-8-sig")
+    made = make_features(raw, raw / "recordings", hubert)
+    assert made.hubert == 3 and list(made.left_out) == ["absent.wav"]
+
+
 def test_levels_are_half_normalised() -> None:
     stored = levelled(torch.tensor([0.5, -0.25])).stored
     assert stored.tolist() == [int((0.475 + 0.25) * 32768), int(-(0.2375 + 0.125) * 32768)]
