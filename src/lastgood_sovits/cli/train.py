@@ -57,9 +57,6 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
     given["dropout"] = not given.pop("no_dropout")
     try:
         code = run("s1" if stage == "s1" else "s2", config, Options(**given))
-    except SystemExit as stopped:
-        note_exit_code(int(stopped.code or 0))
-        raise
     except (SovitsError, LastGoodError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lastgood_sovits.errors import SovitsError
+from lastgood_sovits.train.launch import note_exit_code
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ def join(device: str | None) -> Iterator[Ranks]:
     dist.init_process_group(backend)
     try:
         yield Ranks(rank, size, chosen)
-    except SystemExit:
-        # The training was asked to stop. torchrun ends all processes when the first of them ends with a code that is
-        # not 0, and the first rank may still be copying to a mirror. A rank that is gone cannot be waited for.
+    except SystemExit as stopped:
+        # The training was asked to stop, and is saved. torchrun ends all processes when the first of them ends with a
+        # code that is not 0, and the first rank may still be copying to a mirror. A rank that is gone cannot be waited
+        # for.
+        note_exit_code(int(stopped.code or 0))
         with contextlib.suppress(RuntimeError):
             dist.barrier()
         dist.destroy_process_group()

@@ -307,13 +307,18 @@ class Trainer(ABC):
         moved = False
         for epoch, at in sorted(self.notes.unwritten.items()):
             if at != step:
+                path, missing = self.weights_path(epoch, at), self.notes.unwritten
                 if not any((self.logs / "lastgood").glob(f"step-{at:08d}*/manifest.json")):
-                    path = self.weights_path(epoch, at)
                     self.unwritten[path] = f"it failed before, and the checkpoint of step {at} is not kept any more"
                     continue
-                missing = self.notes.unwritten
-                ckpt.restore(at)
-                self.notes.unwritten, moved = missing, True
+                moved = True
+                try:
+                    ckpt.restore(at)
+                except lastgood.LastGoodError as error:
+                    self.unwritten[path] = f"it failed before, and now its checkpoint cannot be read: {error}"
+                    continue
+                finally:
+                    self.notes.unwritten = missing
             self._write(epoch, at)
         if moved:
             missing = self.notes.unwritten

@@ -61,6 +61,21 @@ def test_a_weights_file_of_an_earlier_epoch_is_written_by_the_next_start(tmp_pat
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
+def test_a_damaged_checkpoint_of_an_earlier_epoch_costs_its_file_and_not_the_training(
+    experiment: Experiment, nproc: int
+) -> None:
+    _short(experiment, 2).s1["train"]["batch_size"] = 24 // nproc
+    target = _obstruct(experiment)
+    assert -9 in train(experiment, "s1", nproc, die=6, save_every=1).codes and 4 in experiment.steps("s1")
+    shutil.rmtree(target)
+    for shard in experiment.run("s1").glob("step-00000004*/*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    job = train(experiment, "s1", nproc)
+    assert job.codes[0] == 1 and f"Not written: {target}: it failed before" in job.output, job.output
+    assert experiment.steps("s1")[-1] == 8 and experiment.weights("s1") == ["voice-e2.ckpt"]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_a_weights_file_that_cannot_be_written_any_more_is_named_with_exit_code_1(
     experiment: Experiment, nproc: int
 ) -> None:
