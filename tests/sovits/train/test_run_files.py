@@ -49,7 +49,7 @@ def test_a_weights_file_of_an_earlier_epoch_is_written_by_the_next_start(tmp_pat
     whole, cut = (_short(make_experiment(tmp_path / name), 2) for name in ("whole", "cut"))
     train_whole(whole, "s1")
     target = _obstruct(cut)
-    assert train(cut, "s1", die=6, save_every=1).codes == [-9] and cut.steps("s1") == [3, 4, 5]
+    assert train(cut, "s1", die=6, save_every=1).codes == [-9] and cut.steps("s1")[-2:] == [4, 5]
     shutil.rmtree(target)
     job = train_whole(cut, "s1", save_every=1)
     assert job.output.rstrip().endswith("voice-e2.ckpt") and "Not written" not in job.output
@@ -79,14 +79,14 @@ def test_a_damaged_checkpoint_of_an_earlier_epoch_costs_its_file_and_not_the_tra
 def test_a_weights_file_that_cannot_be_written_any_more_is_named_with_exit_code_1(
     experiment: Experiment, nproc: int
 ) -> None:
-    _short(experiment, 2).s1["train"]["batch_size"] = 24 // nproc
+    _short(experiment, 3).s1["train"]["batch_size"] = 24 // nproc
     target = _obstruct(experiment)
-    assert -9 in train(experiment, "s1", nproc, die=8, save_every=1).codes and 4 not in experiment.steps("s1")
+    assert -9 in train(experiment, "s1", nproc, die=10, save_every=1).codes and 4 not in experiment.steps("s1")
     shutil.rmtree(target)
     for _ in range(2):
         job = train(experiment, "s1", nproc)
         assert job.codes[0] == 1 and f"Not written: {target}" in job.output, job.output
-    assert experiment.weights("s1") == ["voice-e2.ckpt"]
+    assert experiment.weights("s1") == ["voice-e2.ckpt", "voice-e3.ckpt"]
 
 
 @pytest.mark.parametrize("stage", ["s1", "s2"])
