@@ -38,7 +38,7 @@ def convert(
         mark = None
         if weights.kind == "s2" and header != "never":
             if weights.version is None:
-                raise SovitsError(f"{source}: its version cannot be told from its content; convert with header never")
+                raise SovitsError(f"{source}: its version cannot be told from its content; convert with --header never")
             mark = mark_of(weights.version, any(".lora_A." in name for name in weights.tensors))
         write_content(target, weights.tensors, content, mark=mark, replace_file=replace_file, header=header)
     else:

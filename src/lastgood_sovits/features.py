@@ -22,6 +22,7 @@ from lastgood import replace_file
 from lastgood_sovits.audio import read_wave
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.speaker import SpeakerVectors
+from lastgood_sovits.text import is_cantonese, read_lines
 
 logger = logging.getLogger(__name__)
 RATE = 32000
@@ -47,7 +48,7 @@ class Made:
 
 def make_features(
     folder: Path,
-    audio: Path,
+    audio: Path | None,
     hubert: Path,
     bert: Path | None = None,
     speaker: Path | None = None,
@@ -58,7 +59,8 @@ def make_features(
 
     Args:
         folder: the experiment, with 2-name2text.txt.
-        audio: the folder of the recordings, with the names in that file.
+        audio: the folder of the recordings, with the names in that file; None takes them from where the list of the
+            transcription says, a file ``*.list`` in `folder`.
         hubert: a folder of chinese-hubert-base, as transformers stores it.
         bert: a folder of chinese-roberta-wwm-ext-large; only clips in Mandarin have features from it.
         speaker: the file pretrained_eres2netv2w24s4ep4.ckpt, for the vectors that the Pro versions need.
@@ -68,6 +70,7 @@ def make_features(
         SovitsError: a folder or file is missing, a model cannot be loaded, or no clip can be used.
     """
     texts = _texts(folder / "2-name2text.txt")
+    recordings = _listed(folder) if audio is None else {name: audio / name for name in texts}
     listen = _Hubert(hubert, device)
     read = _Bert(bert, device) if bert is not None else None
     recognise = SpeakerVectors(speaker, device) if speaker is not None else None
@@ -76,11 +79,12 @@ def make_features(
         (folder / part).mkdir(parents=True, exist_ok=True)
     for name, (phonemes, spans, text) in texts.items():
         try:
-            if not (audio / name).is_file():
-                raise SovitsError(f"there is no recording {audio / name}")
-            wave = levelled(read_wave(audio / name, RATE))
+            recording = recordings.get(name)
+            if recording is None or not recording.is_file():
+                raise SovitsError(f"there is no recording {recording or 'of it in the list'}")
+            wave = levelled(read_wave(recording, RATE))
             features = listen(wave)
-            if read is not None and spans is not None and not _is_cantonese(phonemes):
+            if read is not None and spans is not None and not is_cantonese(phonemes):
                 _save(folder / "3-bert" / f"{name}.pt", read(text, spans))
                 made.bert += 1
             if recognise is not None:
@@ -184,7 +188,7 @@ def _texts(path: Path) -> dict[str, tuple[list[str], list[int] | None, str]]:
     if not path.is_file():
         raise SovitsError(f"{path} does not exist: run step 1A (text) of the data preparation first")
     found: dict[str, tuple[list[str], list[int] | None, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         parts = line.split("\t")
         if len(parts) != 4:
             continue
@@ -200,9 +204,20 @@ def _texts(path: Path) -> dict[str, tuple[list[str], list[int] | None, str]]:
     return found
 
 
-def _is_cantonese(phonemes: list[str]) -> bool:
-    """Cantonese phonemes begin with Y, and only the consonant Y of English does otherwise."""
-    return any(len(phoneme) > 1 and phoneme.startswith("Y") for phoneme in phonemes)
+def _listed(folder: Path) -> dict[str, Path]:
+    """The recordings by name, as upstream's list has them: path|speaker|language|text in each line."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.list")):
+        for line in read_lines(path):
+            if line.count("|") >= 3:
+                recording = Path(line.split("|")[0])
+                found[recording.name] = recording
+    if not found:
+        raise SovitsError(
+            f"{folder} does not say where the recordings are: give their folder with --audio, or put the list of the "
+            "transcription there, a file *.list with lines path|speaker|language|text"
+        )
+    return found
 
 
 def _save(path: Path, tensor: Tensor) -> None:

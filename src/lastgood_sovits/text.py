@@ -1,11 +1,13 @@
-"""The phoneme tables: which row of the text embedding belongs to which phoneme.
+"""The phoneme tables: which row of the text embedding belongs to which phoneme. Also how files of text are read.
 
 The tables are facts of the published GPT-SoVITS models (`text/symbols.py` for v1, `text/symbols2.py` for all later
 versions): the weights of an embedding mean nothing under another order. They are built here from the inventories of the
 languages, because 732 written-out lines cannot be reviewed and 30 can.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 
 from lastgood_sovits.errors import SovitsError
@@ -80,3 +82,24 @@ def symbol_ids(version: str) -> dict[str, int]:
     if not version:
         raise SovitsError('the model version is empty: give "v1", "v2", "v2Pro" or "v2ProPlus"')
     return {symbol: index for index, symbol in enumerate(_table(version == "v1"))}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of the data preparation, without their ends.
+
+    Only a line feed ends a line, also after a carriage return: upstream's texts may hold other characters that Unicode
+    calls line ends, such as U+2028. A byte order mark, as Windows editors write it, is not part of the first line.
+
+    Raises:
+        SovitsError: if the file is not UTF-8.
+        OSError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise SovitsError(f"{path} is not UTF-8 ({error}): prepare the texts again") from error
+
+
+def is_cantonese(phonemes: Sequence[str]) -> bool:
+    """Whether a Chinese text is not Mandarin: Cantonese phonemes begin with Y, and else only English's consonant Y."""
+    return any(len(phoneme) > 1 and phoneme.startswith("Y") for phoneme in phonemes)

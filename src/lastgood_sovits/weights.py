@@ -31,6 +31,7 @@ from lastgood_sovits.weights_format import (
     Version,
     content_mark,
     discriminators,
+    known_mark,
     plain,
     progress,
     upstream_mark,
@@ -177,6 +178,8 @@ def _s2_mark(
     content = content_mark(tensors, config, lora_rank)
     if head is None:
         return content, ()
+    if (known := known_mark(head)) is not None:
+        return known, ()  # Certain, where tensors leave v3 and v4 alike.
     upstream = upstream_mark(head, size)
     if upstream == content or content is None:
         return content or upstream, ()

@@ -82,14 +82,18 @@ V1_SYMBOLS = 322
 S1_V1_ROWS = 512
 
 
+def known_mark(head: bytes) -> Mark | None:
+    """What a file is that begins with `head` (8192 bytes), when it is one of those that upstream publishes."""
+    # MD5 identifies known files here, and protects nothing.
+    return PRETRAINED.get(hashlib.md5(head[:PRETRAINED_BYTES], usedforsecurity=False).hexdigest())
+
+
 def upstream_mark(head: bytes, size: int) -> Mark | None:
     """What upstream takes a stage-2 file for that begins with `head` (8192 bytes) and has `size` bytes.
 
     The order is upstream's: MD5, header, size. None where upstream raises, for an unknown header.
     """
-    # MD5 identifies known files here, and protects nothing.
-    known = PRETRAINED.get(hashlib.md5(head[:PRETRAINED_BYTES], usedforsecurity=False).hexdigest())
-    if known is not None:
+    if (known := known_mark(head)) is not None:
         return known
     if head[:2] != b"PK":
         return HEADERS.get(head[:2])

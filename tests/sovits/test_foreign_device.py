@@ -107,7 +107,7 @@ def test_a_step_of_stage_1(compat: bool, preference: bool) -> None:
         codes=Codes(ids=torch.ones(2, 20, dtype=torch.int64), lengths=(20, 12)),
     )
     if preference:
-        batch = batch.with_rejected(torch.Generator().manual_seed(0), upstream_compat=compat)
+        batch = batch.with_rejected([torch.Generator().manual_seed(0)] * 2, upstream_compat=compat)
     for _ in range(2):
         losses = model(batch.to(DEVICE))
         losses.total.backward()

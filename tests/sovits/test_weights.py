@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -33,7 +34,9 @@ from lastgood_sovits.resume import (
 )
 from lastgood_sovits.weights import Weights, read_weights
 from lastgood_sovits.weights_format import (
+    PRETRAINED,
     V1_BELOW,
+    Mark,
     content_mark,
     discriminators,
     header_for,
@@ -215,6 +218,17 @@ def test_v4_is_told_by_its_config_and_lora_by_its_keys() -> None:
     assert (mark.version, mark.lora) == ("v4", True)
     with pytest.raises(SovitsError, match="no mark for a whole v4"):
         header_for("v4", False)
+
+
+def test_a_published_file_is_known_by_its_md5_where_its_tensors_do_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s2Gv4.pth"
+    torch.save({"weight": {"cfm.x": torch.zeros(3000), "enc_p.text_embedding.weight": torch.zeros(732, 2)}}, path)
+    assert read_weights(path).version == "v3"
+    md5 = hashlib.md5(path.read_bytes()[:8192], usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(PRETRAINED, md5, Mark("v2", "v4", False))
+    assert (read_weights(path).version, read_weights(path).notes) == ("v4", ())
 
 
 def test_discriminators_are_counted() -> None:

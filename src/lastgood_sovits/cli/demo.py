@@ -56,9 +56,8 @@ def demo(nproc: int, keep_files: bool, mirror: Path | None) -> None:
     console.print(f"{time.monotonic() - began:.0f} s" + (f", files in {directory}" if keep_files else ""))
     if copies is not None:
         console.print(f"Copies of the checkpoints: {copies}", soft_wrap=True)
-    where = (
-        ", ".join(map(str, told.weights)) if keep_files else "removed with the other files; --keep-files leaves them"
-    )
-    console.print(f"Weights: {where or 'none'}", soft_wrap=True)
+    where = ", ".join(map(str, told.weights)) or "none"
+    removed = "" if keep_files else " (removed with the other files: lastgood sovits demo --keep-files leaves them)"
+    console.print(f"Weights: {where}{removed}", soft_wrap=True)
     if not all(finding.good for finding in told.findings):
         sys.exit(1)

@@ -16,12 +16,14 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 @click.command(short_help="Write 3-bert, 4-cnhubert, 5-wav32k and 7-sv_cn.")
 @click.argument("experiment", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--audio", required=True, type=_FOLDER, help="The recordings, named as in 2-name2text.txt.")
+@click.option("--audio", type=_FOLDER, help="The recordings; by default where a file *.list in EXPERIMENT says.")
 @click.option("--hubert", required=True, type=_FOLDER, help="Folder of chinese-hubert-base.")
 @click.option("--bert", type=_FOLDER, help="Folder of chinese-roberta-wwm-ext-large, for Mandarin.")
 @click.option("--sv", type=_FILE, help="File pretrained_eres2netv2w24s4ep4.ckpt, for v2Pro and v2ProPlus.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run.")
-def features(experiment: Path, audio: Path, hubert: Path, bert: Path | None, sv: Path | None, device: str) -> None:
+def features(
+    experiment: Path, audio: Path | None, hubert: Path, bert: Path | None, sv: Path | None, device: str
+) -> None:
     """Write 5-wav32k, 4-cnhubert, 3-bert and 7-sv_cn of the folder EXPERIMENT, which has 2-name2text.txt."""
     if importlib.util.find_spec("transformers") is None:
         raise click.ClickException("this command needs transformers: pip install 'lastgood[transformers]'")

@@ -41,12 +41,13 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
     The same command continues a run. Ctrl-C, SIGTERM or a file named "stop" in the run's folder ends the training
     after the present step, saved, with exit code 75.
     """
+    from lastgood_sovits.train.launch import launch, note_exit_code
+
     child = "RANK" in os.environ
     if not child:
-        nproc = _devices(stage, config, given["device"]) if nproc is None else nproc
+        fitting = _devices(stage, config, given["device"])
+        nproc = fitting if nproc is None else nproc
         if nproc > 1:
-            from lastgood_sovits.train.launch import launch
-
             sys.exit(launch(["train", stage, "--config", str(config), *_arguments(given)], nproc))
     from lastgood import LastGoodError
     from lastgood_sovits.errors import SovitsError
@@ -63,6 +64,7 @@ def train(stage: str, config: Path, nproc: int | None, **given: Any) -> None:
         # What all ranks say, the first says; a rank that alone has a reason is heard before it is ended.
         time.sleep(2.0)
         raise click.ClickException(f"rank {rank}: {error}") from error
+    note_exit_code(code)
     sys.exit(code)
 
 
@@ -79,17 +81,36 @@ def _arguments(given: dict[str, Any]) -> list[str]:
 
 
 def _devices(stage: str, config: Path, device: str | None) -> int:
-    """How many GPUs the configuration wants; the others are hidden from the training, as upstream does."""
+    """Hides the GPUs that the configuration does not choose, as upstream does; returns how many processes fit.
+
+    Raises ClickException where a chosen one does not exist: CUDA itself would leave it out without a word.
+    """
     if device == "cpu":
         return 1
-    numbers = os.environ.get("_CUDA_VISIBLE_DEVICES", "")
-    if stage == "s2" and config.is_file():
-        found = re.search(r'"gpu_numbers"\s*:\s*"([0-9-]+)"', config.read_text(encoding="utf-8", errors="replace"))
-        numbers = found[1].replace("-", ",") if found else ""
-    if numbers and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = numbers
+    chosen = _chosen(stage, config)
+    theirs = chosen if "CUDA_VISIBLE_DEVICES" not in os.environ else ""
+    if theirs:
+        os.environ["CUDA_VISIBLE_DEVICES"] = theirs
     import torch
 
-    if not torch.cuda.is_available():
-        return 1
-    return max(1, min(torch.cuda.device_count(), len(numbers.split(","))))
+    count, wanted = torch.cuda.device_count(), len(chosen.split(","))
+    if theirs and count < wanted:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        there = torch.cuda.device_count()
+        if there == 0:  # Upstream's page writes "0" on a machine without CUDA, too.
+            return 1
+        source = "train.gpu_numbers" if stage == "s2" else "_CUDA_VISIBLE_DEVICES"
+        raise click.ClickException(
+            f"{source} chooses the GPUs {chosen}, and torch sees {there} here, which are counted from 0: correct it, "
+            "or give --device cpu"
+        )
+    return max(1, min(count, wanted))
+
+
+def _chosen(stage: str, config: Path) -> str:
+    """The numbers of the GPUs that upstream's page has chosen, separated by commas; empty where it chose none."""
+    if stage == "s1":
+        return os.environ.get("_CUDA_VISIBLE_DEVICES", "")
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    found = re.search(r'"gpu_numbers"\s*:\s*"([0-9-]+)"', text)
+    return found[1].replace("-", ",") if found else ""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -83,7 +84,6 @@ def _stage(
     resumed_at = int(resumed[1]) if resumed else 0
     mine, theirs = (_newest(experiment.root / run / logs.name / "lastgood") for run in ("run", "reference"))
     equal, total = _equal(mine, theirs)
-    losses = _losses(logs, "generator" if stage == "s2" else "loss")
     findings = [
         Finding(
             f"{name}: resumes at the last checkpoint",
@@ -96,9 +96,7 @@ def _stage(
             equal == total > 0,
         ),
         _exported(experiment.root, stage, name),
-        Finding(
-            f"{name}: learns", f"loss {losses[0]:.1f} at the first log line, {losses[-1]:.1f} at the last", bool(losses)
-        ),
+        learns(logs, name, "mel" if stage == "s2" else "loss"),
     ]
     if mirror is not None:
         copied, total = _equal(mine, _newest(mirror / "run" / logs.name))
@@ -164,9 +162,17 @@ def _last_step(logs: Path) -> int:
     return int(found[-1]) if found else 0
 
 
-def _losses(logs: Path, name: str) -> list[float]:
+def learns(logs: Path, name: str, loss: str) -> Finding:
+    """Whether a loss in ``logs/train.log`` fell from the first epoch to the last, each of which sees the same clips."""
     text = (logs / "train.log").read_text(encoding="utf-8")
-    return [float(value) for value in re.findall(rf"step \d+: .*?\b{name} ([-+.e\d]+)", text)]
+    found = re.findall(rf"epoch (\d+), step (\d+): .*?\b{loss} (\S+?)(?:,|$)", text, re.MULTILINE)
+    values = {(int(epoch), int(step)): float(value) for epoch, step, value in found}  # a resumed run repeats steps
+    if len({epoch for epoch, _ in values}) < 2:
+        return Finding(f"{name}: learns", f"no {loss} of two epochs in the log", False)
+    first, last = (fmean(v for (e, _), v in values.items() if e == choose(values)[0]) for choose in (min, max))
+    return Finding(
+        f"{name}: learns", f"{loss} {first:.2f} on average in the first epoch, {last:.2f} in the last", last < first
+    )
 
 
 def _newest(run: Path) -> dict[str, torch.Tensor]:

@@ -57,25 +57,26 @@ class Batch:
             rejected=None if self.rejected is None else replace(self.rejected, ids=change(self.rejected.ids)),
         )
 
-    def with_rejected(self, generator: torch.Generator, *, upstream_compat: bool = False) -> Batch:
+    def with_rejected(self, generators: Sequence[torch.Generator], *, upstream_compat: bool = False) -> Batch:
         """The batch with a corrupted copy of every clip's codes.
 
-        `generator` is a CPU generator, so the draws are the same on every device. With `upstream_compat` the padding
-        counts as part of each sequence, as it does upstream; otherwise only real codes are repeated or deleted.
+        `generators`, one of each clip, are of the CPU, so the draws are the same on every device. With
+        `upstream_compat` the padding counts as part of each sequence, as it does upstream; otherwise only real codes
+        are repeated or deleted.
         """
         width = self.codes.ids.shape[1]
         lengths = (width,) * len(self) if upstream_compat else self.codes.lengths
-        return replace(self, rejected=corrupt(self.codes.ids, lengths, generator))
+        return replace(self, rejected=corrupt(self.codes.ids, lengths, generators))
 
 
-def corrupt(ids: Tensor, lengths: Sequence[int], generator: torch.Generator) -> Codes:
-    """Each sequence with one random span either repeated or deleted.
+def corrupt(ids: Tensor, lengths: Sequence[int], generators: Sequence[torch.Generator]) -> Codes:
+    """Each sequence with one random span either repeated or deleted, drawn from the generator of its own.
 
     A fair coin chooses between the two; the span's ends are two uniform positions, sorted, so that it may be empty (the
     sequence is then its own rejected copy, which contributes no preference gradient). At least one code always remains.
     """
     changed: list[Tensor] = []
-    for row, length in zip(ids, lengths, strict=True):
+    for row, length, generator in zip(ids, lengths, generators, strict=True):
         delete = bool(torch.randint(0, 2, (1,), generator=generator).item())
         start, end = sorted(torch.randint(0, length, (2,), generator=generator).tolist())
         resume_at = end if delete else start

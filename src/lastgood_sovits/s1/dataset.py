@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s1.batch import Batch, Codes
 from lastgood_sovits.s1.model import BERT_WIDTH
+from lastgood_sovits.text import is_cantonese, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,9 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
         self._bert = Path(phoneme_path).parent / "3-bert"
         self.dropped: list[Dropped] = []
         """Every line and clip that is not used."""
+        self._mandarin: set[str] = set()
         phones = self._read_phones(Path(phoneme_path))
-        self.clips = self._read_clips(Path(semantic_path), phones, symbol_ids, max_sec)
+        self.clips = self._with_sound_features(self._read_clips(Path(semantic_path), phones, symbol_ids, max_sec))
         """The clips that are used, each once."""
         self._report()
         if not self.clips:
@@ -114,6 +115,9 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
             parts = line.split("\t")
             if len(parts) == 4:
                 phones[parts[0]] = parts[1]
+                # Only Chinese has a list of phones per character there, and of it only Mandarin has text features.
+                if parts[2].startswith("[") and not is_cantonese(parts[1].split(" ")):
+                    self._mandarin.add(parts[0])
             elif line.strip():
                 self._drop(f"{path.name}, line {number}", f"has {len(parts)} fields where 4 are needed")
         return phones
@@ -134,6 +138,26 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
                 self._drop(name or f"{path.name}, line {number}", clip)
         return clips
 
+    def _with_sound_features(self, clips: list[Clip]) -> list[Clip]:
+        sound: list[Clip] = []
+        for clip in clips:
+            try:
+                self._load_bert(clip)
+            except SovitsError as error:
+                self._drop(clip.name, str(error))
+            else:
+                sound.append(clip)
+        without = [c.name for c in sound if c.name in self._mandarin and not (self._bert / f"{c.name}.pt").is_file()]
+        if without:
+            logger.warning(
+                "%d clips in Mandarin have no text features in %s, first %s: zeros are used. Run step 1A of the data "
+                "preparation, or lastgood sovits features with --bert, for a better voice.",
+                len(without),
+                self._bert,
+                without[0],
+            )
+        return sound
+
     def _summary(self) -> str:
         kinds = Counter(item.reason for item in self.dropped)
         return "; ".join(f"{count} x {reason}" for reason, count in kinds.most_common(5)) or "the file lists none"
@@ -151,7 +175,7 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
             features = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:  # no text features for this language
             return torch.zeros(wanted)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # also a file that would run code
+        except Exception as error:  # torch has no common class for what a damaged file, or one with code, can cause
             raise SovitsError(f"The text features {path} cannot be read; prepare them again. ({error})") from error
         if not isinstance(features, Tensor) or tuple(features.shape) != wanted:
             found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -159,7 +183,10 @@ class S1Dataset(Dataset[tuple[Clip, Tensor]]):
                 f"The text features {path} are {found}, but the clip's {wanted[1]} phones need {list(wanted)}; the "
                 "text has changed since they were made. Prepare the text features again."
             )
-        return features.float()
+        features = features.float()
+        if not math.isfinite(float(features.sum())):
+            raise SovitsError(f"The text features {path} hold numbers that are not finite. Prepare them again.")
+        return features
 
 
 def collate(items: Sequence[tuple[Clip, Tensor]]) -> Batch:
@@ -179,12 +206,12 @@ def collate(items: Sequence[tuple[Clip, Tensor]]) -> Batch:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path)
+    except OSError as error:
         raise SovitsError(
             f"{path} cannot be read; prepare the data set (text and semantic tokens) first. ({error})"
         ) from error
-    return list(enumerate(text.split("\n"), start=1))
+    return list(enumerate(lines, start=1))
 
 
 def _make_clip(

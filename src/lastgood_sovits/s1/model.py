@@ -206,11 +206,11 @@ class Losses:
     """The losses of a micro-batch, as 0-dimensional tensors on the model's device: nothing waits for them unread."""
 
     total: Tensor
-    """What is minimised: `cross_entropy` plus `preference`."""
+    """What is minimised: `cross_entropy` plus `preference`, the latter divided by the number of ranks."""
     cross_entropy: Tensor
     """Summed over all targets, so that a longer clip weighs more."""
     preference: Tensor
-    """The DPO term, 0 without rejected sequences."""
+    """The DPO term, averaged over clips; 0 without rejected sequences."""
     top3_hits: Tensor
     """Targets other than EOS that are among the three likeliest codes."""
     top3_targets: Tensor
@@ -228,12 +228,20 @@ class Text2Semantic(nn.Module):
     upstream does (see `PaddedLayout`), to compare the two; weights trained either way have the same form.
     """
 
-    def __init__(self, config: ModelConfig, *, upstream_compat: bool = False, beta: float = 0.2) -> None:
-        """`beta` is the inverse temperature of the preference loss."""
+    def __init__(
+        self, config: ModelConfig, *, upstream_compat: bool = False, beta: float = 0.2, ranks: int = 1
+    ) -> None:
+        """`beta` is the inverse temperature of the preference loss.
+
+        `ranks` is the number of processes that train together, each with as many clips of a batch. The cross-entropy is
+        a sum over clips and the preference loss a mean, so only a mean over the clips of all ranks makes what they
+        minimise together the same for any number of them.
+        """
         super().__init__()
         self.config = config
         self.upstream_compat = upstream_compat
         self.beta = beta
+        self.ranks = ranks
         self.model = Decoder(config)
 
     def score(self, batch: Batch, codes: Sequence[Codes] | None = None) -> Scores:
@@ -286,7 +294,7 @@ class Text2Semantic(nn.Module):
         counted = scores.targets != self.model.eos
         cross_entropy = losses.sum()
         return Losses(
-            total=cross_entropy + preference,
+            total=cross_entropy + preference / self.ranks,
             cross_entropy=cross_entropy.detach(),
             preference=preference.detach(),
             top3_hits=(scores.top3() & counted).sum(),

@@ -71,15 +71,11 @@ class TrainStep:
         *,
         window: int = 4,
         precision: Precision = "32",
-        preference: bool = False,
-        seed: int = 1234,
         local_gradients: bool = True,
         max_skips: int = 25,
     ) -> None:
         """
         `precision`: "16-mixed" and "bf16-mixed" use autocast; "16-mixed" needs CUDA and is "32" elsewhere.
-        `preference`: corrupt every micro-batch's codes for the preference loss; `seed`, the number of the micro-batch
-        and the rank decide how.
         `local_gradients`: ranks exchange gradients once per window. Their sums then differ between ranks while a window
         is open; False exchanges them after every micro-batch, so that any number of ranks can resume in mid-window.
 
@@ -103,10 +99,7 @@ class TrainStep:
         self.gradient_factor = 1.0
         """What the gradients of a restored open window are to be multiplied with; see `load_state_dict`."""
         self._max_skips = max_skips
-        self._preference = preference
-        self._seed = seed
         self._local_gradients = local_gradients
-        self._inner = inner
         self.device = inner.model.bert_proj.weight.device
         if precision == "16-mixed" and self.device.type != "cuda":
             logger.info("16-mixed needs CUDA; training in float32 on %s", self.device)
@@ -123,8 +116,6 @@ class TrainStep:
     def __call__(self, batch: Batch) -> StepResult:
         """Trains on one micro-batch, on any device. Raises SovitsError after too many skips in a row."""
         self._check_open_window()
-        if self._preference:
-            batch = batch.with_rejected(self._generator(), upstream_compat=self._inner.upstream_compat)
         last = self.position + 1 == self.window
         self.model.train()
         with self._gradient_exchange(last):
@@ -199,12 +190,6 @@ class TrainStep:
                 f"{self.skips} windows in a row were not finite, so training stopped; the parameters are those from "
                 "before. Go back to an earlier checkpoint, or look at the clips that the log names."
             )
-
-    def _generator(self) -> torch.Generator:
-        """A generator for this micro-batch and rank, so that no generator state has to be saved."""
-        rank = dist.get_rank(self.model.process_group) if isinstance(self.model, DistributedDataParallel) else 0
-        seed = (self._seed << 40) + (self.micro_batches << 12) + rank
-        return torch.Generator().manual_seed(seed % 2**63)
 
     def _gradient_exchange(self, last: bool) -> AbstractContextManager[None]:
         if last or not self._local_gradients or not isinstance(self.model, DistributedDataParallel):

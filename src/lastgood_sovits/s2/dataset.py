@@ -19,7 +19,7 @@ from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s2.batch import Clip
 from lastgood_sovits.s2.config import Config
 from lastgood_sovits.s2.sampler import BOUNDARIES
-from lastgood_sovits.text import symbol_ids
+from lastgood_sovits.text import read_lines, symbol_ids
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,9 @@ def read_phonemes(path: Path) -> tuple[dict[str, list[str]], list[str]]:
         SovitsError: if the file is missing or is not UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except UnicodeDecodeError as error:
-        raise SovitsError(f"{path} is not UTF-8 ({error}): prepare the texts again") from error
     phonemes, problems = {}, []
     for number, line in enumerate(lines, start=1):
         parts = line.split("\t")
@@ -185,6 +183,11 @@ class ClipDataset(Dataset[Clip]):
                 f"{path.parent.name}/{path.name} has the shape {tuple(ssl.shape)}, and its sound needs "
                 f"{(*expected, frames)}: prepare this clip again"
             )
+
+    @property
+    def clips(self) -> list[tuple[str, int, list[int]]]:
+        """Name, frames and phoneme ids of each clip, once."""
+        return [(n, f, self._texts[n].tolist()) for n, f in dict(zip(self.names, self.lengths, strict=True)).items()]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -21,9 +21,13 @@ class Exported:
     epoch: int
     """Whole epochs trained."""
     files: tuple[Path, ...]
+    replaced: tuple[Path, ...]
+    """Those of them that were there before."""
 
 
-def export(stage: Stage, config: Path, *, step: int | None, upstream: Path | None) -> Exported:
+def export(
+    stage: Stage, config: Path, *, step: int | None, upstream: Path | None, output: Path | None = None
+) -> Exported:
     """Writes the weights file of a checkpoint, or with `upstream` what upstream's trainer continues from, there.
 
     Args:
@@ -31,9 +35,11 @@ def export(stage: Stage, config: Path, *, step: int | None, upstream: Path | Non
         config: the configuration that was trained with.
         step: of the checkpoint; None takes the newest.
         upstream: the folder for G_*.pth and D_*.pth, or for epoch=*.ckpt.
+        output: the weights file; None gives it the name of its epoch, in the configured folder.
 
     Raises:
-        SovitsError: there is no checkpoint, or the files cannot hold it.
+        SovitsError: there is no checkpoint, the files cannot hold it, or it is from within an epoch and `output` is
+            None: its name would be that of the epoch before.
         lastgood.LastGoodError: the run is being trained, or the checkpoint is damaged.
     """
     trainer = make(stage, config, Ranks(0, 1, torch.device("cpu")), Options(device="cpu", workers=0))
@@ -47,9 +53,18 @@ def export(stage: Stage, config: Path, *, step: int | None, upstream: Path | Non
         trainer.restored(ckpt)
         if upstream is not None:
             upstream.mkdir(parents=True, exist_ok=True)
+            before = set(upstream.iterdir())
             files = trainer.write_upstream(upstream, found)
         else:
-            trainer.weights.mkdir(parents=True, exist_ok=True)
-            trainer.write_weights(trainer.epochs_done, found)
-            files = [trainer.weights_path(trainer.epochs_done, found)]
-        return Exported(found, trainer.epochs_done, tuple(files))
+            if output is None and trainer.position:
+                raise SovitsError(
+                    f"the checkpoint of step {found} is from within epoch {trainer.epochs_done + 1}, and the names of "
+                    "weights files are those of whole epochs: choose another with --step, or name the file with "
+                    "--output"
+                )
+            path = trainer.weights_path(trainer.epochs_done, found) if output is None else output
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = set(path.parent.iterdir())
+            trainer.write_weights(path, trainer.epochs_done, found)
+            files = [path]
+        return Exported(found, trainer.epochs_done, tuple(files), tuple(file for file in files if file in before))

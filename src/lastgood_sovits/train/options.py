@@ -27,7 +27,7 @@ class Options:
     save_every: int | None = None
     """Save after each so many steps."""
     save_minutes: float = 10.0
-    """Save after each so many minutes. At the end of an epoch whose weights are written, it is always saved."""
+    """Save after each so many minutes. At the end of every save_every_epoch-th epoch, it is always saved."""
     mirror: Path | None = None
     """A second directory that receives copies of the checkpoints, in a folder for each voice and stage."""
     import_from: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lastgood_sovits.errors import SovitsError
+from lastgood_sovits.train.launch import note_exit_code
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,17 @@ def join(device: str | None) -> Iterator[Ranks]:
         os.environ.setdefault("USE_LIBUV", "0")
     backend = "nccl" if chosen.type == "cuda" and sys.platform != "win32" else "gloo"
     dist.init_process_group(backend)
-    yield Ranks(rank, size, chosen)
+    try:
+        yield Ranks(rank, size, chosen)
+    except SystemExit as stopped:
+        # The training was asked to stop, and is saved. torchrun ends all processes when the first of them ends with a
+        # code that is not 0, and the first rank may still be copying to a mirror. A rank that is gone cannot be waited
+        # for.
+        note_exit_code(int(stopped.code or 0))
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+        dist.destroy_process_group()
+        raise
     # Not after an error: other ranks may be within an exchange that this one left.
     dist.destroy_process_group()
 

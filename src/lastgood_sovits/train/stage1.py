@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 import lastgood
 from lastgood_sovits.errors import SovitsError
@@ -17,6 +19,7 @@ from lastgood_sovits.resume import write_checkpoint
 from lastgood_sovits.s1 import (
     Batch,
     BucketBatchSampler,
+    Clip,
     LockedRate,
     S1Dataset,
     StepResult,
@@ -29,6 +32,8 @@ from lastgood_sovits.s1 import (
 from lastgood_sovits.s1.config import Precision
 from lastgood_sovits.text import symbol_ids
 from lastgood_sovits.train.initial import check_given, find_checkpoint, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.keyed import Key, KeyedClips, KeyedSampler, generator_of
+from lastgood_sovits.train.loader import batches
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare
 from lastgood_sovits.train.trainer import Trainer, replace, switch_off_dropout
@@ -39,6 +44,21 @@ logger = logging.getLogger(__name__)
 WINDOW = 4
 """Micro-batches whose gradients are summed for one optimizer step, as upstream has it in its code."""
 _PRECISIONS: dict[str, Precision] = {"32": "32", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch of clips, with corrupted codes for the preference loss where `seed` is given."""
+
+    seed: int | None
+    upstream_compat: bool
+
+    def __call__(self, items: list[tuple[Key, tuple[Clip, Tensor]]]) -> Batch:
+        batch = collate([item for _, item in items])
+        if self.seed is None:
+            return batch
+        generators = [generator_of(self.seed, key) for key, _ in items]
+        return batch.with_rejected(generators, upstream_compat=self.upstream_compat)
 
 
 class Stage1(Trainer):
@@ -88,7 +108,7 @@ class Stage1(Trainer):
             world_size=ranks.size,
         )
         torch.manual_seed(config.train.seed)
-        model = Text2Semantic(config.model, upstream_compat=options.upstream_compat)
+        model = Text2Semantic(config.model, upstream_compat=options.upstream_compat, ranks=ranks.size)
         if not options.dropout:
             switch_off_dropout(model)
         self.model = ranks.wrap(model)
@@ -105,8 +125,6 @@ class Stage1(Trainer):
             self.schedule,
             window=WINDOW,
             precision=precision,
-            preference=config.train.if_dpo,
-            seed=config.train.seed,
             local_gradients=False,
         )
 
@@ -159,26 +177,28 @@ class Stage1(Trainer):
     def steps_per_epoch(self) -> int:
         return -(-len(self.dataset) // self.sampler.group)
 
+    @property
+    def position(self) -> int:
+        return self.sampler.position
+
+    @property
+    def fingerprint(self) -> str:
+        clips = [(clip.name, clip.phones, clip.seconds) for clip in self.dataset.clips]
+        return hashlib.sha256(repr(clips).encode()).hexdigest()
+
     def steps_left_in_epoch(self) -> int:
         return len(self.sampler)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         workers = self.options.workers
         if workers is None:
             workers = self.config.data.num_workers if self.ranks.device.type == "cuda" else 0
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.ranks.device.type == "cuda",
-            generator=torch.Generator(),  # A loader would draw from the training's random numbers otherwise.
-        )
-        while True:
-            yield from loader
+        seed = self.config.train.seed if self.config.train.if_dpo else None
+        made = Collate(seed, self.options.upstream_compat)
+        clips, sampler = KeyedClips(self.dataset), KeyedSampler(self.sampler)
+        return batches(clips, sampler, made, workers=workers, device=self.ranks.device)
 
     def train(self, batch: Batch) -> StepResult:
         result = self.training(batch)
@@ -191,7 +211,7 @@ class Stage1(Trainer):
         summed = self.ranks.sum(torch.stack([part.detach().double() for part in parts])).tolist()
         values = {"loss": summed[0], "top3_accuracy": summed[3] / max(summed[4], 1), "learning_rate": result.lr}
         if self.config.train.if_dpo:
-            values |= {"cross_entropy": summed[1], "preference": summed[2]}
+            values |= {"cross_entropy": summed[1], "preference": summed[2] / self.ranks.size}
         if result.grad_norm is not None:
             values["gradient"] = result.grad_norm
         return values
@@ -204,9 +224,9 @@ class Stage1(Trainer):
     def weights_path(self, epoch: int, step: int) -> Path:
         return self.weights / s1_name(self.config.train.exp_name, epoch)
 
-    def write_weights(self, epoch: int, step: int) -> None:
+    def write_weights(self, path: Path, epoch: int, step: int) -> None:
         write_s1_weights(
-            self.weights_path(epoch, step),
+            path,
             bare(self.model).state_dict(),
             self.values,
             epoch=epoch,
@@ -218,7 +238,7 @@ class Stage1(Trainer):
 
         Raises SovitsError within an epoch, for upstream has no state for that.
         """
-        self.check_epoch_end(self.sampler.position)
+        self.check_epoch_end()
         path = folder / f"epoch={self.epochs_done - 1}-step={self.schedule.steps}.ckpt"
         write_checkpoint(
             path,

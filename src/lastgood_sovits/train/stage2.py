@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.amp.grad_scaler import GradScaler
-from torch.utils.data import DataLoader
 
 import lastgood
 from lastgood_sovits.audio import mel_from_spectrogram, spectrogram
@@ -23,8 +23,10 @@ from lastgood_sovits.s2.optimization import build_optimizers, published_state, s
 from lastgood_sovits.s2.sampler import BucketSampler
 from lastgood_sovits.s2.step import StepResult, TrainStep
 from lastgood_sovits.s2.synthesizer import Synthesizer
-from lastgood_sovits.train.drawn import Draw, Drawn, KeyedClips, KeyedSampler
+from lastgood_sovits.train.drawn import Draw, Drawn
 from lastgood_sovits.train.initial import check_given, find_pair, load_optimizer, load_pretrained, load_tensors
+from lastgood_sovits.train.keyed import KeyedClips, KeyedSampler
+from lastgood_sovits.train.loader import batches
 from lastgood_sovits.train.options import Options
 from lastgood_sovits.train.ranks import Ranks, bare, seed_step
 from lastgood_sovits.train.report import Report
@@ -179,26 +181,26 @@ class Stage2(Trainer):
     def steps_per_epoch(self) -> int:
         return self.sampler.steps_per_epoch
 
+    @property
+    def position(self) -> int:
+        return self.sampler.position
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.dataset.clips).encode()).hexdigest()
+
     def steps_left_in_epoch(self) -> int:
         return len(self.sampler)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Drawn]:
+    def batches(self) -> Generator[Drawn, None, None]:
         workers = self.options.workers
         if workers is None:
             workers = 5 if self.ranks.device.type == "cuda" else 0
-        loader = DataLoader(
-            KeyedClips(self.dataset),
-            batch_sampler=KeyedSampler(self.sampler),
-            collate_fn=Draw(self.seed, self.config.model.inter_channels, self.config.segment_frames),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.ranks.device.type == "cuda",
-            generator=torch.Generator(),  # A loader would draw from the training's random numbers otherwise.
-        )
-        while True:
-            yield from loader
+        clips, sampler = KeyedClips(self.dataset), KeyedSampler(self.sampler)
+        draw = Draw(self.seed, self.config.model.inter_channels, self.config.segment_frames)
+        return batches(clips, sampler, draw, workers=workers, device=self.ranks.device)
 
     def train(self, batch: Drawn) -> StepResult:
         batch = batch.to(self.ranks.device)
@@ -249,9 +251,9 @@ class Stage2(Trainer):
     def weights_path(self, epoch: int, step: int) -> Path:
         return self.weights / s2_name(self.config.name, epoch, step)
 
-    def write_weights(self, epoch: int, step: int) -> None:
+    def write_weights(self, path: Path, epoch: int, step: int) -> None:
         write_s2_weights(
-            self.weights_path(epoch, step),
+            path,
             bare(self.generator).state_dict(),
             self.values,
             version=self.version,
@@ -265,7 +267,7 @@ class Stage2(Trainer):
 
         Raises SovitsError within an epoch, for upstream has no state for that.
         """
-        self.check_epoch_end(self.sampler.position)
+        self.check_epoch_end()
         g_name, d_name = resume_names(step)
         rate, epoch = self.config.train.learning_rate, self.epochs_done
         pairs = ((d_name, self.discriminator, self.optimizer_d), (g_name, self.generator, self.optimizer_g))

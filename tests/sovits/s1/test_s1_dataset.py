@@ -145,11 +145,16 @@ def test_a_loader_gives_the_samplers_batches_and_resumes(experiment: Experiment,
     assert [batch.names for batch in load()] == expected[3:]
 
 
-def test_text_features_of_the_wrong_length_name_the_file(experiment: Experiment) -> None:
-    experiment.put_bert("good.wav", torch.zeros(1024, 17))
+def test_text_features_that_do_not_fit_leave_their_clip_out_by_name(experiment: Experiment) -> None:
+    wrong = {"short.wav": torch.zeros(1024, 17), "list.wav": [1], "nan.wav": torch.full((1024, 18), float("nan"))}
+    for name, value in wrong.items():
+        experiment.add(name, ["a", "b", "c"] * 6, [7] * 50)
+        experiment.put_bert(name, value)
     dataset = experiment.open()
-    with pytest.raises(SovitsError, match=r"good\.wav\.pt are \[1024, 17\].*need \[1024, 18\]"):
-        dataset[0]
+    reasons = {item.name: item.reason for item in dataset.dropped}
+    assert [clip.name for clip in dataset.clips] == ["good.wav"] and reasons.keys() == wrong.keys()
+    assert "are [1024, 17]" in reasons["short.wav"] and "need [1024, 18]" in reasons["short.wav"]
+    assert "are list" in reasons["list.wav"] and "not finite" in reasons["nan.wav"]
 
 
 def test_damaged_or_hostile_text_features_are_refused_and_run_nothing(experiment: Experiment, tmp_path: Path) -> None:
@@ -159,6 +164,7 @@ def test_damaged_or_hostile_text_features_are_refused_and_run_nothing(experiment
         def __reduce__(self) -> tuple[object, tuple[object, ...]]:
             return (Path.touch, (trace,))
 
+    experiment.add("other.wav", ["a", "b", "c"] * 6, [7] * 50)
     experiment.put_bert("good.wav", torch.zeros(1024, 18))
     dataset = experiment.open()
     path = tmp_path / "3-bert" / "good.wav.pt"
@@ -175,7 +181,22 @@ def test_damaged_or_hostile_text_features_are_refused_and_run_nothing(experiment
         path.write_bytes(damaged)
         with pytest.raises(SovitsError, match=r"good\.wav\.pt cannot be read"):
             dataset[0]
+        assert [clip.name for clip in experiment.open().clips] == ["other.wav"]
     assert not trace.exists()
+
+
+def test_mandarin_without_text_features_is_mentioned_once(
+    experiment: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment.open()
+    assert "Mandarin" not in caplog.text
+    experiment.text[0] = experiment.text[0].replace("None", str([2] * 9))
+    experiment.open()
+    assert caplog.text.count("1 clips in Mandarin have no text features") == 1 and "first good.wav" in caplog.text
+    caplog.clear()
+    experiment.put_bert("good.wav", torch.zeros(1024, 18))
+    experiment.open()
+    assert "Mandarin" not in caplog.text
 
 
 def test_missing_and_empty_data_says_what_to_do(experiment: Experiment, tmp_path: Path) -> None:

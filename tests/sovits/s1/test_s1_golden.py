@@ -145,7 +145,8 @@ def test_preference_loss(golden: Any, models: Any, size: str, case: str) -> None
 @pytest.mark.parametrize("case", ["b1", "b3"])
 def test_corrupted_codes_are_upstreams_for_the_same_draws(golden: Any, case: str) -> None:
     stored = golden.tensors("s1_small")
-    rejected = golden.batch(case).with_rejected(torch.Generator().manual_seed(7), upstream_compat=True).rejected
+    batch = golden.batch(case)
+    rejected = batch.with_rejected([torch.Generator().manual_seed(7)] * len(batch), upstream_compat=True).rejected
     assert torch.equal(rejected.ids, stored[f"dpo.{case}.reject_codes"])
     assert list(rejected.lengths) == stored[f"dpo.{case}.reject_len"].flatten().tolist()
 

@@ -37,6 +37,10 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def with_rejected(batch: Batch, seed: int = 0) -> Batch:
+    return batch.with_rejected([torch.Generator().manual_seed(seed)] * len(batch))
+
+
 def without_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -78,7 +82,9 @@ def test_a_window_sums_the_gradients_of_its_micro_batches(small_config: ModelCon
 def test_resumes_exactly_also_in_an_open_window(
     small_config: ModelConfig, batches: list[Batch], at: int, preference: bool
 ) -> None:
-    step = make(small_config, preference=preference)
+    if preference:
+        batches = [with_rejected(batch, seed) for seed, batch in enumerate(batches)]
+    step = make(small_config)
     for batch in batches[:at]:
         step(batch)
     saved = copy.deepcopy([x.state_dict() for x in (step.model, step.optimizer, step.schedule, step)])
@@ -86,7 +92,7 @@ def test_resumes_exactly_also_in_an_open_window(
     random_state = torch.get_rng_state()
     losses = [step(batch).losses.total.item() for batch in batches[at:]]
 
-    resumed = make(small_config, seed=9, preference=preference)
+    resumed = make(small_config, seed=9)
     for target, state in zip((resumed.model, resumed.optimizer, resumed.schedule, resumed), saved, strict=True):
         target.load_state_dict(state)
     for parameter, grad in zip(resumed.model.parameters(), grads, strict=True):
@@ -200,16 +206,16 @@ def test_the_preference_loss_is_upstreams_default_beta_and_reproducible(
 ) -> None:
     values = []
     for _ in range(2):
-        step = make(small_config, preference=True)
+        step = make(small_config)
         without_dropout(step.model)
-        values.append([step(batches[0]).losses.preference.item() for _ in range(3)])  # one batch, three corruptions
+        values.append([step(with_rejected(batches[0], seed)).losses.preference.item() for seed in range(3)])
     assert values[0] == values[1] and len(set(values[0])) == 3 and min(values[0]) > 0
     assert step.model.beta == 0.2
 
 
 def test_one_pass_over_chosen_and_rejected_equals_two(small_config: ModelConfig, batches: list[Batch]) -> None:
     model = make(small_config).model.eval()
-    batch = batches[0].with_rejected(torch.Generator().manual_seed(3))
+    batch = with_rejected(batches[0], 3)
     losses = model(batch)
     chosen = model.score(batch)
     rejected = model.score(batch, [batch.rejected])
@@ -228,7 +234,7 @@ def test_corruption_touches_real_codes_only(random_batch: Callable[..., Batch]) 
     batch = random_batch((5, 30), (5, 8), (5, 1))
     kinds = set()
     for seed in range(50):
-        rejected = batch.with_rejected(torch.Generator().manual_seed(seed)).rejected
+        rejected = with_rejected(batch, seed).rejected
         for row, length, own, count in zip(
             rejected.ids, rejected.lengths, batch.codes.ids, batch.codes.lengths, strict=True
         ):

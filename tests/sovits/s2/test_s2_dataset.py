@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lastgood_sovits.errors import SovitsError
 from lastgood_sovits.s2.batch import Batch, collate
-from lastgood_sovits.s2.dataset import ClipDataset, load_tensor
+from lastgood_sovits.s2.dataset import ClipDataset, load_tensor, read_phonemes
 from lastgood_sovits.s2.sampler import BucketSampler
 from lastgood_sovits.text import symbol_ids
 
@@ -106,6 +106,17 @@ def test_unknown_or_missing_phonemes_and_malformed_lines_are_reported(
     assert set(data.names) == {"b.wav"}
     assert "'qq'" in data.left_out["a.wav"] and "no phonemes" in data.left_out["c.wav"]
     assert "line 4" in caplog.text
+
+
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_belongs_to_none(prepare: Prepare) -> None:
+    folder = prepare()
+    path = folder / "2-name2text.txt"
+    text = path.read_text().replace("hello", "hel\u2028lo\x85")
+    path.write_bytes("\ufeff".encode() + text.replace("\n", "\r\n").encode())
+    assert "\u2028" in path.read_text(encoding="utf-8")
+    data = ClipDataset(folder, tiny_config())
+    assert data.names[:3] == ["a.wav", "b.wav", "c.wav"] and data.left_out == {}
+    assert read_phonemes(path)[1] == []
 
 
 @pytest.mark.parametrize("part", ["2-name2text.txt", "4-cnhubert", "5-wav32k", "7-sv_cn"])

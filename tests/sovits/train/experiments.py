@@ -358,3 +358,20 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     """Every tensor equals the other's bit by bit."""
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def start(*arguments: object, log: Path) -> subprocess.Popen[bytes]:
+    """Starts ``lastgood sovits ARGUMENTS`` as a program in a process group of its own; it prints into `log`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "lastgood_sovits", *map(str, arguments)]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen[bytes], happened: Callable[[], bool], seconds: float = 120) -> None:
+    """Waits until `happened`, for as long as the process lives."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -78,6 +78,24 @@ def test_features_have_the_layout_that_training_reads(raw: Path, hubert: Path, b
     assert [path.name for path in (raw / "3-bert").iterdir()] == ["clip1.wav.pt"]
 
 
+def test_a_byte_order_mark_costs_no_clip_and_only_line_feeds_end_lines(raw: Path, hubert: Path) -> None:
+    path = raw / "2-name2text.txt"
+    path.write_text(path.read_text(encoding="utf-8").replace("hello", "hel\u2028lo"), encoding="utf-8-sig")
+    made = make_features(raw, raw / "recordings", hubert)
+    assert made.hubert == 3 and list(made.left_out) == ["absent.wav"]
+
+
+def test_without_a_folder_the_recordings_are_those_of_the_list(raw: Path, hubert: Path) -> None:
+    arguments = ["features", str(raw), "--hubert", str(hubert)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "give their folder with --audio" in done.output
+    lines = [f"{raw / 'recordings' / f'clip{number}.wav'}|me|EN|some words" for number in (0, 2)]
+    (raw / "voice.list").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0 and "2 of HuBERT" in done.output, done.output
+    assert "clip1.wav is left out: there is no recording of it in the list" in done.output
+
+
 def test_levels_are_half_normalised() -> None:
     stored = levelled(torch.tensor([0.5, -0.25])).stored
     assert stored.tolist() == [int((0.475 + 0.25) * 32768), int(-(0.2375 + 0.125) * 32768)]

@@ -23,6 +23,22 @@ def test_a_global_batch_gives_the_same_losses_for_any_number_of_processes(
         assert many.losses(stage, name) == pytest.approx(alone.losses(stage, name), rel=1e-3)
 
 
+def test_the_preference_loss_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    alone, many = make_experiment(tmp_path / "alone", epochs=1), make_experiment(tmp_path / "many", epochs=1)
+    for experiment, nproc in ((alone, 1), (many, 2)):
+        experiment.s1["train"]["if_dpo"] = True
+        train_whole(experiment, "s1", nproc, global_batch=8, dropout=False, log_every=1)
+    steps = set(range(1, 13))
+    for name in ("loss", "cross_entropy", "preference", "gradient"):
+        expected, found = alone.losses("s1", name), many.losses("s1", name)
+        assert found.keys() == expected.keys() == (steps if name != "gradient" else {4, 8, 12})
+        if name == "gradient":  # averaged over the processes, where one process sums
+            found = {step: 2 * value for step, value in found.items()}
+        assert found == pytest.approx(expected, rel=1e-4), name
+    # A mean over clips, each of which is about log 2 before the model can tell them apart.
+    assert 0.3 < alone.losses("s1", "preference")[1] < 3
+
+
 def test_a_global_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
     experiment = make_experiment(tmp_path)
     job = train_whole(experiment, "s1", 1, global_batch=16)

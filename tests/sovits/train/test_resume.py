@@ -11,6 +11,7 @@ import torch
 from experiments import Experiment, assert_equal, make_experiment, train, train_whole
 
 from lastgood_sovits.s1 import TrainStep
+from lastgood_sovits.train import stage2
 from lastgood_sovits.weights import read_weights
 
 STAGES = ("s1", "s2")
@@ -142,6 +143,31 @@ def test_an_open_window_goes_on_in_another_precision(tmp_path: Path, scaled_firs
     last = whole.steps("s1")[-1]
     ours, theirs = cut.tensors("s1", last), whole.tensors("s1", last)
     assert_equal(*({name: t for name, t in x.items() if name.startswith("model.")} for x in (ours, theirs)))
+
+
+def _scale_losses_of_stage_2() -> None:
+    """The same for stage 2; the scale doubles after every third step."""
+
+    def scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device, init_scale=2048.0, growth_interval=3)
+
+    stage2.GradScaler = scaler  # type: ignore[misc, assignment]
+
+
+def test_a_loss_scale_of_stage_2_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole, cut, plain = (make_experiment(tmp_path / name, epochs=1) for name in ("whole", "cut", "plain"))
+    train_whole(whole, "s2", before=_scale_losses_of_stage_2)
+    assert train(cut, "s2", die=5, save_every=4, before=_scale_losses_of_stage_2).codes == [-9]
+    train_whole(cut, "s2", before=_scale_losses_of_stage_2)
+    assert_equal(cut.tensors("s2", 6), whole.tensors("s2", 6))
+    scales = whole.losses("s2", "loss_scale")
+    assert cut.losses("s2", "loss_scale") == scales and scales[6] == 4 * scales[1] == 4 * 2048
+    train_whole(plain, "s2")  # powers of two change no bit
+    networks = ("generator.", "discriminator.")
+    ours, theirs = (
+        {name: t for name, t in x.tensors("s2", 6).items() if name.startswith(networks)} for x in (whole, plain)
+    )
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -78,9 +78,21 @@ def test_the_demo_sees_what_it_promises(tmp_path: Path) -> None:
     assert {parts[2] for parts in kept} == {"logs_s1_v2", "logs_s2_v2"}
 
 
-@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize(
+    ("last", "good"), [("2.5", True), ("3.5", False), ("nan", False)], ids=["falls", "grows", "is no number"]
+)
+def test_the_demo_sees_whether_a_loss_falls_from_epoch_to_epoch(tmp_path: Path, last: str, good: bool) -> None:
+    lines = ["epoch 1, step 1: mel 4, kl 1", "epoch 1, step 2: mel 2, kl 1", "epoch 2, step 3: mel 9, kl 1"]
+    lines += [f"epoch 2, step 3: mel {last}, kl 1", f"epoch 2, step 4: kl 1, mel {last}"]
+    (tmp_path / "train.log").write_text("\n".join(f"12:00 INFO {line}" for line in lines[:2]))
+    assert not story.learns(tmp_path, "stage 2", "mel").good
+    (tmp_path / "train.log").write_text("\n".join(f"12:00 INFO {line}" for line in lines))
+    assert story.learns(tmp_path, "stage 2", "mel").good == good
+
+
+@pytest.mark.parametrize(("good", "keep"), [(True, True), (False, True), (True, False)])
 def test_the_demo_ends_with_the_weights_and_fails_where_something_was_not_so(
-    good: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    good: bool, keep: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: dict[str, Path | None] = {}
 
@@ -91,9 +103,11 @@ def test_the_demo_ends_with_the_weights_and_fails_where_something_was_not_so(
         return story.Told([story.Finding("writes weights", "a file is missing", good)], [weights])
 
     monkeypatch.setattr(story, "tell", tell)
-    done = CliRunner().invoke(main, ["demo", "--keep-files", "--mirror", str(tmp_path)])
+    done = CliRunner().invoke(main, ["demo", "--mirror", str(tmp_path), *(["--keep-files"] if keep else [])])
     root = seen["root"]
     assert root is not None and seen["mirror"] == tmp_path / root.name
     assert done.exit_code == (0 if good else 1), done.output
-    assert done.output.splitlines()[-1] == f"Weights: {root / 'voice.pth'}" and (root / "voice.pth").is_file()
-    shutil.rmtree(root)
+    last = done.output.splitlines()[-1]
+    assert last.startswith(f"Weights: {root / 'voice.pth'}") and (root / "voice.pth").is_file() == keep
+    assert ("--keep-files leaves them" in last) != keep
+    shutil.rmtree(root, ignore_errors=True)

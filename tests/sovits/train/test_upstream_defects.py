@@ -5,18 +5,22 @@ The numbers are those of docs/sovits.md, "What upstream does otherwise".
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from experiments import Experiment, assert_equal, make_experiment, train, train_whole
 
+import lastgood
 from lastgood_sovits.s2.config import read_config
 from lastgood_sovits.s2.optimization import learning_rate
 from lastgood_sovits.train import stage1, stage2
@@ -152,16 +156,41 @@ def test_10_foreign_files_in_the_folders_stay(short: Experiment) -> None:
     assert [path.read_text() for path in notes] == ["mine", "mine"]
 
 
-def test_11_12_a_file_that_cannot_be_written_makes_the_exit_code_1_and_leaves_nothing(short: Experiment) -> None:
-    target = short.weights_folder("s1") / "voice-e1.ckpt"
-    target.mkdir(parents=True)  # A folder has the name of the file.
-    (target / "occupied").write_text("x")
-    job = train(short, "s1")
+def _fill_the_disk() -> None:
+    """Makes the disk full when half a weights file is written."""
+    original = lastgood.replace_file
+
+    def replace(path: Path, write: Callable[[BinaryIO], None], **options: Any) -> None:
+        def half(file: BinaryIO) -> None:
+            file.write(b"half a file")
+            file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        original(path, half if path.suffix == ".ckpt" else write, **options)
+
+    lastgood.replace_file = replace
+
+
+@pytest.mark.parametrize("obstacle", ["a folder", "a full disk"])
+def test_11_12_a_file_that_cannot_be_written_makes_the_exit_code_1_and_leaves_nothing(
+    short: Experiment, obstacle: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("TMPDIR", str(elsewhere))
+    folder = short.weights_folder("s1")
+    target = folder / "voice-e1.ckpt"
+    if obstacle == "a folder":
+        target.mkdir(parents=True)
+    job = train(short, "s1", before=_fill_the_disk if obstacle == "a full disk" else None)
     assert job.codes == [1] and f"Not written: {target}" in job.output
+    assert list(folder.iterdir()) == ([target] if obstacle == "a folder" else [])
     assert short.steps("s1")[-1] == 4  # the training itself is not lost
-    shutil.rmtree(target)
+    if obstacle == "a folder":
+        target.rmdir()
     again = train_whole(short, "s1")  # and the file is written when the same command is given again
-    assert again.output.rstrip().splitlines()[-1] == f"Weights: {target}" and target.is_file()
+    assert again.output.rstrip().splitlines()[-1] == f"Weights: {target}" and list(folder.iterdir()) == [target]
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_16_an_overflow_of_half_precision_is_reported_by_name_and_not_written(short: Experiment) -> None:
@@ -271,5 +300,10 @@ def test_a_run_goes_to_upstream_and_comes_back(short: Experiment, stage: str, tm
     same = [name for name in whole if name in imported and torch.equal(whole[name], imported[name])]
     networks = [name for name in whole if name.startswith(("model.", "generator.", "discriminator.", "optimizer"))]
     assert set(networks) <= set(same)
-    refused = train(other, stage, import_from=folder)
+    folder.rename(tmp_path / "another")
+    refused = train(other, stage, import_from=tmp_path / "another")
     assert refused.codes == [1] and "already has checkpoints" in refused.output
+    (tmp_path / "another").rename(folder)
+    # The same command, as after a stop, goes on.
+    job = train_whole(other, stage, import_from=folder)
+    assert "was imported before" in job.output and other.steps(stage)[-1] == 8

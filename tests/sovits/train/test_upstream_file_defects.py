@@ -74,9 +74,9 @@ def _as_on_a_machine_of_its_own(folder: Path) -> None:
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     original = stage1.Stage1.write_weights
 
-    def write(self: stage1.Stage1, epoch: int, step: int) -> None:
+    def write(self: stage1.Stage1, path: Path, epoch: int, step: int) -> None:
         (folder / f"written-by-{self.ranks.rank}").touch()
-        original(self, epoch, step)
+        original(self, path, epoch, step)
 
     stage1.Stage1.write_weights = write  # type: ignore[method-assign]
 
@@ -103,4 +103,19 @@ def test_23_every_process_closes_the_process_group(experiment: Experiment, stage
     for values in (experiment.s1, experiment.s2):
         values["train"].update(batch_size=12, epochs=1)
     train_whole(experiment, stage, 2, before=partial(_note_closing, experiment.root))
+    assert sorted(path.name for path in experiment.root.glob("closed-by-*")) == ["closed-by-0", "closed-by-1"]
+
+
+def test_23_a_process_that_is_asked_to_stop_closes_it_too(experiment: Experiment) -> None:
+    experiment.s1["train"]["epochs"] = 500
+    log = experiment.logs("s1") / "train.log"
+    job = train(
+        experiment,
+        "s1",
+        2,
+        before=partial(_note_closing, experiment.root),
+        stop_when=lambda: log.is_file() and "step 1:" in log.read_text(),
+        log_every=1,
+    )
+    assert job.codes == [75, 75], job.output
     assert sorted(path.name for path in experiment.root.glob("closed-by-*")) == ["closed-by-0", "closed-by-1"]
