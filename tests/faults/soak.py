@@ -31,6 +31,8 @@ WARM = 30
 """Saves after which a process has allocated what it needs."""
 SAMPLE = 10
 """Saves between two looks at a process."""
+JUDGED = 6
+"""Looks at the beginning and at the end of the life of a process that are compared."""
 LOOK_SECONDS = 0.01
 """Between two looks at the run, so that the job gets its share of the machine."""
 GROWTH_BYTES = 3 << 20
@@ -195,11 +197,12 @@ class Soak:
             self._measure(where, [note for note in notes if note["what"] == "sample"])
 
     def _measure(self, where: str, samples: list[dict[str, int]]) -> None:
-        if len(samples) < 2:
+        if len(samples) < 2 * JUDGED:
             return
         for name, allowed in (("memory", GROWTH_BYTES), ("descriptors", 0), ("threads", 0)):
-            # The least of the last few: a save that is under way at the moment holds a thread and a file more.
-            grown = min(note[name] for note in samples[-3:]) - max(note[name] for note in samples[:3])
+            # The least of the last against the most of the first: what follows a save that is under way at the moment
+            # holds a file more, which three looks in a row did see by chance in one life of two hundred.
+            grown = min(note[name] for note in samples[-JUDGED:]) - max(note[name] for note in samples[:JUDGED])
             self.peaks[name] = max(grown, self.peaks.get(name, 0))
             if grown > allowed:
                 self.problems.append(f"{where}: {name} grew by {grown} in {len(samples) * SAMPLE} saves")
@@ -223,7 +226,7 @@ class Soak:
 def run(*, saves: int, seconds: float = 0.0, between: int = 60) -> Result:
     """So many saves, and for so long, with a kill after every `between` saves or so; the last fifth lives undisturbed.
 
-    The memory of a process is judged in every life that is longer than :data:`WARM` saves.
+    What a process holds is judged in every life that is longer than :data:`WARM` saves and enough for some looks.
     """
     jobs.limit_threads()
     quiet()

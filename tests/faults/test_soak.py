@@ -36,7 +36,7 @@ def test_a_leak_is_noticed(what: str) -> None:
         "kept = []",
         "with soak.scratch() as directory:",
         "    found = soak.Soak(directory)",
-        f"    found.life(90, None, lambda: {LEAKS[what]})",
+        f"    found.life(150, None, lambda: {LEAKS[what]})",
         "print(found.problems)",
     )
     assert f"{what} grew by" in printed
