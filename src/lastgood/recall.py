@@ -24,6 +24,7 @@ _TENSORS = {torch.Tensor, nn.Parameter}
 _NUMBERS = {int, float, bool, type(None)}
 _ADDRESS, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
 _SHAPE, _DTYPE, _DEVICE = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_LAYOUT, _NESTED = attrgetter("layout"), attrgetter("is_nested")
 
 
 @dataclass(slots=True)
@@ -130,12 +131,11 @@ def look(given: Sequence[Given], wrappers: object) -> Sight | None:
             tensors += [item for item, kind in zip(items, types, strict=True) if kind in _TENSORS]
         else:
             return None
-    try:
-        for sign in (_SHAPE, _DTYPE, _DEVICE, _STRIDE):
-            signs.append(list(map(sign, tensors)))
-        return Sight(signs, tensors, list(map(_ADDRESS, tensors)))
-    except RuntimeError:  # Of a sparse, nested or fake tensor: it is refused by name where it is looked at closely.
-        return None
+    if not set(map(_LAYOUT, tensors)) <= {torch.strided} or any(map(_NESTED, tensors)):
+        return None  # It is refused by name, where it is looked at closely.
+    for sign in (_SHAPE, _DTYPE, _DEVICE, _STRIDE):
+        signs.append(list(map(sign, tensors)))
+    return Sight(signs, tensors, list(map(_ADDRESS, tensors)))
 
 
 def learn(
