@@ -85,6 +85,7 @@ def exit_0_inside(run: Path) -> None:
 
 
 def interrupted(run: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs are started without.
     disk.observer = slow
     handle = make(run).save(1)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_run import posix, start
 
+from lastgood.intercept.runtime import system
+
 LIST = "import os, torch; print(sorted(name for name in os.listdir() if name.startswith('checkpoint')))"
 COMPLETE = ("--complete", "checkpoint-*")
 GPT_SOVITS = ("--preset", "gpt-sovits")
@@ -414,3 +416,16 @@ def test_a_missing_file_is_missing_with_fallback_too(tmp_path: Path) -> None:
     (tmp_path / "model_2.pth").unlink()
     code, output = start(tmp_path, "import torch; torch.load('model_2.pth')", "--fallback")
     assert code == 1 and "FileNotFoundError" in output and "Loading" not in output, output
+
+
+@posix
+def test_a_process_that_has_ended_is_dead_before_anybody_asks_for_its_exit_code() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    try:
+        assert not system.is_alive(child)
+    finally:
+        os.waitpid(child, 0)
+    assert system.is_alive(os.getpid()) and system.birth(os.getpid())

@@ -194,18 +194,26 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    # One that has ended, and that nobody has asked for its exit code yet, writes nothing any more.
+    return _status(pid)[:1] not in (["Z"], ["X"])
 
 
 def birth(pid: int) -> str:
     """What tells a process from a later one with the same pid, where the system says it (Linux)."""
     try:
-        with open_file(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            stat = file.read()
         with open_file("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return stat.rsplit(")", 1)[1].split()[19] + file.read().strip()
+            return _status(pid)[19] + file.read().strip()
     except (OSError, IndexError):
         return ""
+
+
+def _status(pid: int) -> list[str]:
+    """What Linux says of a process, from its state on; nothing elsewhere."""
+    try:
+        with open_file(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return []
 
 
 def clear_leftovers(directory: str) -> None:
