@@ -33,7 +33,7 @@ def a_pipe(lock: Path) -> None:
     os.mkfifo(lock)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX: links and pipes")
 @pytest.mark.parametrize("replace", [a_directory, a_loop, a_pipe])
 def test_a_lock_that_is_no_file_is_named(tmp_path: Path, replace: Callable[[Path], None]) -> None:
     run = tmp_path / "run"
