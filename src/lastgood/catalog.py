@@ -16,6 +16,7 @@ from pathlib import Path
 from lastgood import disk, generation, shard
 from lastgood.errors import DamagedError
 from lastgood.manifest import MAX_BYTES, NAME, Chunk, Manifest, Written, checksum, parse
+from lastgood.values import Json
 
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:\.g(\d+)(?:\.(\d+))?)?", re.ASCII)
 
@@ -52,6 +53,18 @@ def entry_of(run: Path, name: str) -> Entry | None:
     if match is None:
         return None
     return Entry(int(match[2] or 1), int(match[1]), int(match[3] or 0), name, run)
+
+
+def entry_at(path: Path) -> Entry | None:
+    """The checkpoint that a directory (or its manifest) is, or None where it is not one. Copies may have any name."""
+    if path.name == NAME:
+        path = path.parent
+    path = path.absolute()
+    entry = entry_of(path.parent, path.name)
+    if entry is not None or not disk.exists(path / NAME):
+        return entry
+    manifest = parse(disk.read_bytes(path / NAME, limit=MAX_BYTES), str(path / NAME))
+    return Entry(manifest.generation, manifest.step, 0, path.name, path.parent)
 
 
 def entries(run: Path) -> list[Entry]:
@@ -135,6 +148,16 @@ def read_manifest(entry: Entry) -> Manifest:
             f"it does not belong into {entry.name}"
         )
     return manifest
+
+
+def main_tree(manifest: Manifest, name: str) -> Json:
+    """The state of an object, of a module without the level that tells it from its gradients."""
+    tree = manifest.objects[name]
+    if manifest.kinds.get(name) != "module":
+        return tree
+    if not isinstance(tree, dict) or not isinstance(tree.get("state"), dict):
+        raise DamagedError(f"the state of {name} has no valid form")
+    return tree["state"]
 
 
 def check_quick(entry: Entry) -> Manifest:

@@ -151,7 +151,9 @@ def load(
     """Load what :func:`save` or ``torch.save`` wrote, checked, without running any code from the file.
 
     Args:
-        path: a torch file, or a .safetensors file, which gives a dict of tensors.
+        path: a torch file; a .safetensors file, which gives a dict of tensors; or a run or one of its checkpoints,
+            which gives the state of every object by name, as its ``load_state_dict`` takes it. A run is not taken: a
+            job may use it meanwhile. Of the ranks' own versions, it is rank 0's.
         map_location: as in ``torch.load``: a device, a dict, a function, or None for the devices they were saved from.
         weights_only: taken for the sake of ``torch.load``'s callers; False changes nothing.
         mmap: map tensors from the file instead of copying them, as in ``torch.load``; they are checked all the same.
@@ -162,7 +164,7 @@ def load(
         FileNotFoundError: there is no such file.
         DamagedError: the file is short, or bytes in it have changed.
         RefusedError: reading it would run code from it.
-        LastGoodError: `path` is a directory or no path at all.
+        LastGoodError: `path` is a directory without a checkpoint, or no path at all.
     """
     if not isinstance(path, str | os.PathLike):
         raise LastGoodError(
@@ -171,9 +173,10 @@ def load(
         )
     source = Path(path)
     if disk.is_dir(source):
-        raise LastGoodError(
-            f"{source} was not loaded: it is a directory. A run of checkpoints is restored by Checkpointer.restore()."
-        )
+        from lastgood.states import read_states
+        from lastgood.torchfile import safetensors_device
+
+        return read_states(source, safetensors_device(map_location))
     if not disk.is_file(source):
         missing = FileNotFoundError(f"{source} was not loaded: there is no such file.")
         missing.errno = errno.ENOENT

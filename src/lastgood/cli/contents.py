@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lastgood import catalog, disk, values
 from lastgood.catalog import Entry
@@ -74,7 +74,7 @@ class CheckpointContents(Contents):
         super().__init__()
         self._entry, self._manifest = entry, catalog.check_quick(entry)
         for name in check_parts(self._manifest, entry.path, [part] if part is not None else []):
-            found = list(self._walk(main_tree(self._manifest, name), "" if part is not None else name))
+            found = list(self._walk(catalog.main_tree(self._manifest, name), "" if part is not None else name))
             for rank, record in self._manifest.ranks.items():
                 if name in record.objects:
                     list(self._walk(record.objects[name], f"rank{rank}/{name}"))
@@ -161,43 +161,6 @@ def check_parts(manifest: Manifest, path: Path, parts: Sequence[str]) -> list[st
             names = ", ".join(manifest.objects)
             raise LastGoodError(_("{path} has no part {part}; it has {names}", path=path, part=part, names=names))
     return list(parts) or list(manifest.objects)
-
-
-def main_tree(manifest: Manifest, name: str) -> Json:
-    """The state of an object, of a module without the level that tells it from its gradients."""
-    tree = manifest.objects[name]
-    if manifest.kinds.get(name) != "module":
-        return tree
-    if not isinstance(tree, dict) or not isinstance(tree.get("state"), dict):
-        raise DamagedError(f"the state of {name} has no valid form")
-    return tree["state"]
-
-
-def state_of(entry: Entry, manifest: Manifest, name: str) -> Any:
-    """An object of a checkpoint as its ``load_state_dict`` takes it; of a plain value, the value.
-
-    What differs between ranks is rank 0's. Tied tensors are one tensor.
-    """
-    from lastgood.loading import read_tensors
-
-    tree = main_tree(manifest, name)
-    held = read_tensors(entry, manifest, set(values.tensor_names(tree)))
-    state = values.decode(tree, lambda tensor: held[tensor])
-    if manifest.kinds.get(name) != "optimizer":
-        return state
-    try:
-        labels = [label for group in state["groups"] for label in group["params"]]
-        index_of = {label: index for index, label in enumerate(labels)}
-        return {
-            **state["extra"],
-            "state": {index_of.get(label, label): item for label, item in state["state"].items()},
-            "param_groups": [
-                {**group["options"], "params": [index_of[label] for label in group["params"]]}
-                for group in state["groups"]
-            ],
-        }
-    except (KeyError, TypeError) as error:
-        raise DamagedError(f"{entry.path}: the state of {name} has no valid form: {error!r}") from error
 
 
 def batches(names: Iterable[str], tensors: dict[str, Tensor]) -> Iterator[list[str]]:

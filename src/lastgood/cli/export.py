@@ -10,7 +10,7 @@ import click
 from lastgood import catalog, disk
 from lastgood.catalog import Entry
 from lastgood.cli import places
-from lastgood.cli.contents import check_parts, model_of, state_of
+from lastgood.cli.contents import check_parts, model_of
 from lastgood.cli.i18n import _
 from lastgood.cli.output import note, progress, size
 from lastgood.errors import LastGoodError
@@ -41,6 +41,8 @@ def export(checkpoint: Path, out: Path, parts: tuple[str, ...], half: bool, bflo
         raise click.UsageError(_("OUT must end in .safetensors or .pth, not in {suffix!r}", suffix=out.suffix))
     if disk.exists(out) and not overwrite:
         raise LastGoodError(_("{path} exists: pass --overwrite to replace it", path=out))
+
+    from lastgood.states import state_of
 
     def read(entry: Entry) -> tuple[int, dict[str, Any]]:
         manifest = catalog.check_quick(entry)

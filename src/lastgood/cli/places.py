@@ -13,7 +13,6 @@ from lastgood import catalog, disk, generation
 from lastgood.catalog import Entry
 from lastgood.cli.i18n import _
 from lastgood.errors import LastGoodError
-from lastgood.manifest import MAX_BYTES, NAME, parse
 
 _T = TypeVar("_T")
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
@@ -48,18 +47,6 @@ def has_journal(path: Path) -> bool:
     return any(JOURNAL in directories for _, directories, _ in os.walk(path))
 
 
-def checkpoint_at(path: Path) -> Entry | None:
-    """The checkpoint that a directory (or its manifest) is, or None where it is not one. Copies may have any name."""
-    if path.name == NAME:
-        path = path.parent
-    path = path.absolute()
-    entry = catalog.entry_of(path.parent, path.name)
-    if entry is not None or not disk.exists(path / NAME):
-        return entry
-    manifest = parse(disk.read_bytes(path / NAME, limit=MAX_BYTES), str(path / NAME))
-    return Entry(manifest.generation, manifest.step, 0, path.name, path.parent)
-
-
 def read_checkpoint(path: Path, read: Callable[[Entry], _T]) -> _T:
     """What `read` makes of the checkpoint at `path`: itself, or the newest one where it is a run.
 
@@ -68,7 +55,7 @@ def read_checkpoint(path: Path, read: Callable[[Entry], _T]) -> _T:
     Raises:
         LastGoodError: there is none, or it was deleted.
     """
-    named = checkpoint_at(path)
+    named = catalog.entry_at(path)
     while True:
         entry = named or catalog.newest(path.absolute())
         if entry is None:

@@ -108,7 +108,7 @@ def _results(path: Path, full: bool) -> Iterator[Result]:
 
 def _check_at(path: Path, full: bool) -> Result:
     try:
-        entry = places.checkpoint_at(path)
+        entry = catalog.entry_at(path)
     except DamagedError as error:
         return Result(path, "checkpoint", [str(error)])
     assert entry is not None
