@@ -229,3 +229,16 @@ def test_a_number_and_a_tensor_change_places() -> None:
     assert recalls(flattener)
     optimizer.state[net.weight] = {"a": torch.ones(2), "b": 1}
     assert described(flattener.flatten()) == described(Flattener(objects, world_size=1).flatten())
+
+
+def test_hooks_of_a_module_get_what_state_dict_gives_them(tmp_path: Path) -> None:
+    """Tensors that need no gradient: some make arrays of them."""
+    net = Net()
+    seen: list[float] = []
+    net.register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: seen.append(float(state["first.weight"].numpy().sum()))
+    )
+    with Checkpointer(tmp_path / "run", net=net) as ckpt:
+        ckpt.save(1, blocking=True)
+        ckpt.save(2, blocking=True)
+    assert seen

@@ -35,7 +35,7 @@ class Given:
     owner: nn.Module | torch.optim.Optimizer
     """Without its wrappers."""
     state: Any
-    """Its ``state_dict``; of a module with the parameters themselves in it."""
+    """Its ``state_dict``."""
 
     def items(self) -> list[Any]:
         """All that it holds, in order."""
@@ -111,10 +111,8 @@ def look(given: Sequence[Given], wrappers: object) -> Sight | None:
     tensors: list[torch.Tensor] = []
     for one in given:
         if isinstance(one.owner, nn.Module):
-            if type(one.owner).state_dict is not nn.Module.state_dict:
-                return None
             items = one.items()
-            signs += [one.name, list(one.state), [id(item) for item in items if type(item) is nn.Parameter]]
+            signs += [one.name, list(one.state), list(map(id, one.owner.parameters()))]
         else:
             held = one.state.get("state")
             if type(held) is not dict or not set(map(type, held.values())) <= {dict}:
@@ -147,7 +145,7 @@ def learn(
     tensors: Mapping[str, LocalTensor],
 ) -> Memory | None:
     """Remember what was worked out for a sight. None where the trees do not show what became of every tensor of it."""
-    parameters = {id(item) for one in given if isinstance(one.owner, nn.Module) for item in one.items()}
+    parameters = {id(item) for one in given if isinstance(one.owner, nn.Module) for item in one.owner.parameters()}
     names: list[str] = []
     for one in given:
         tree = trees[one.name]

@@ -399,9 +399,6 @@ def _give(name: str, value: Any) -> Given:
     if not isinstance(value, nn.Module):
         return Given(name, value, value.state_dict())
     module = unwrap(value)
-    if type(module).state_dict is nn.Module.state_dict:
-        # The parameters themselves: the same objects from save to save.
-        return Given(name, module, module.state_dict(keep_vars=True))
     return Given(name, module, module.state_dict())
 
 
