@@ -9,7 +9,6 @@ import os
 
 import pytest
 
-CRASHES = "Wine: an error out of torch's C++ can end the process"
 FORK = "needs fork"
 COMPILER = "Wine: there is no compiler for torch.compile"
 
@@ -19,8 +18,6 @@ LEFT_OUT: dict[str, str] = {
     "test_fork.py": FORK,
     "test_steady.py::test_a_compiled_step_is_waited_for_or_makes_nothing_steady": COMPILER,
     "cli/test_ls_show.py::test_ten_thousand_checkpoints_are_listed_in_seconds": "Wine: 20,000 new files take minutes",
-    "test_checkpointer.py::test_a_metric_is_one_number": CRASHES,
-    "test_torchfile.py::test_sparse_indices_must_lie_inside_the_shape": CRASHES,
 }
 """Test files, test functions and single cases, named as pytest does without the directory; and why."""
 

