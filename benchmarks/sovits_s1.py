@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_of_this_process
 from lastgood_sovits.s1 import Batch, BucketBatchSampler, LockedRate, Text2Semantic, TrainStep, collate, make_optimizer
 from lastgood_sovits.s1.config import ModelConfig
 from lastgood_sovits.s1.dataset import Clip
@@ -175,9 +176,7 @@ def main() -> None:
         step = make_step(options.peak_of, config, device, options.precision)
         for batch in make_batches(4, options.batch_size, options.clips):
             step(batch)
-        import resource  # not on Windows
-
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_of_this_process())
         return
     batches = make_batches(options.steps + 4, options.batch_size, options.clips)
     speed = measure_speed(config, batches, device, options.precision)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.memory import peak_of_this_process
 from benchmarks.sovits_port import PortStep
 from lastgood_sovits.s2.batch import Batch, Clip, collate
 from lastgood_sovits.s2.config import Config, ModelConfig, TrainConfig
@@ -127,12 +128,10 @@ def peak_memory(name: str, version: str, batch_size: int) -> int:
 
 
 def _own_peak(name: str, config: Config) -> int:
-    import resource
-
     step = make_step(name, config, torch.device("cpu"))
     for batch in make_batches(config, 2):
         step(batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_of_this_process()
 
 
 def main() -> None:
