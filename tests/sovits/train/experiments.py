@@ -79,7 +79,7 @@ class Experiment:
         return path
 
     def logs(self, stage: str) -> Path:
-        return self.folder / f"logs_{stage}_v2"
+        return self.folder / f"logs_{stage}_{'v2' if stage == 's1' else self.s2['model']['version']}"
 
     def run(self, stage: str) -> Path:
         return self.logs(stage) / "lastgood"
