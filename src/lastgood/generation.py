@@ -145,7 +145,11 @@ class Holder:
             RunHeldError: another job holds it, or took it first.
         """
         directory = run / "generations"
-        disk.make_dirs(directory)
+        try:
+            disk.make_dir(directory)  # Durable with the name of the first checkpoint.
+        except FileExistsError:
+            if not disk.is_dir(directory):
+                raise
         lock = _acquire(run)
         taken = generations(run)
         last = taken[-1] if taken else 0
@@ -264,7 +268,10 @@ class Holder:
 
 
 def _write_record(path: Path, content: Json) -> None:
-    """Write a generation's file, all at once. Raises FileExistsError where another job has that number."""
+    """Write a generation's file, all at once. Raises FileExistsError where another job has that number.
+
+    Its name need not be durable: a later job counts on from the checkpoints as well.
+    """
     data = json.dumps(content).encode()
     temporary = temporary_name(path)
     try:
@@ -279,7 +286,6 @@ def _write_record(path: Path, content: Json) -> None:
             _write_new(path, data)
     finally:
         _remove(temporary)
-    disk.sync_dir(path.parent)
 
 
 def _write_new(path: Path, data: bytes) -> None:

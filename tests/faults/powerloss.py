@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lastgood import Checkpointer, catalog, disk
+from lastgood import Checkpointer, catalog, disk, generation
 from lastgood.errors import LastGoodError
 from lastgood.manifest import parse
 from tests.faults import job as jobs
@@ -157,6 +157,9 @@ def judge(run: Path, truth: Truth) -> str | None:
         expected = [name for name in truth.branch(names[-1]) if name in names]
         if branch != expected:
             return f"falling back from {names[-1]} would go to {branch[1:]} instead of {expected[1:]}"
+    for number in generation.generations(run)[-1:]:
+        if generation.record(run, number) is None:
+            return f"generation {number} says nothing: the next job would wait {generation.STALE_SECONDS:.0f} s for it"
     return None
 
 

@@ -78,7 +78,11 @@ def test_every_state_after_a_power_cut_recovers_what_was_reported(history: list[
 
 
 @pytest.mark.parametrize(
-    "what", ["shard.py", "_commit: sync_dir", "_commit: sync", "delete: sync_dir", "make_run", "replace_file: sync"]
+    "what",
+    [
+        *("shard.py", "_commit: sync_dir", "_commit: sync", "delete: sync_dir", "make_run", "replace_file: sync"),
+        "_write_new: sync",
+    ],
 )
 def test_a_missing_sync_is_noticed(history: list[Event], place: Path, what: str) -> None:
     sites = [site for site in powerloss.sites(history) if what.split(":")[0] in site and what in site]
