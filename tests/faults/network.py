@@ -85,6 +85,9 @@ def live(run: Path, out: Notes, rank: int, case: Case, hosts: Hosts) -> int:
     # A wire that is only slow or lossy loses nobody: there the deadline is to be out of reach.
     deadline = DEADLINE if case.fault in _CUTS else 60.0
     options = {**job.options, "keep": Keep(last=3), "deadline": deadline, "stale": 0.2}
+    # The deadline is for a link that fails, not for a machine on which one rank comes to life seconds after the other.
+    out.write("ready")
+    _wait_until(lambda: bool(read_notes(out.directory, 1 - rank)))
     ckpt = Checkpointer(run, rank=rank, world_size=2, **options, **job.objects)
     ckpt.restore()
     disk.observer = observe
@@ -103,11 +106,15 @@ def live(run: Path, out: Notes, rank: int, case: Case, hosts: Hosts) -> int:
         out.write("saved", step=step, state=state, error=error, seconds=time.monotonic() - began)
         armed = False
         # As in a real training, where no rank is ahead of the others for longer than a step.
-        end = time.monotonic() + 10 * DEADLINE + SLACK
-        while time.monotonic() < end and len(_saved(out.directory, 1 - rank)) < step:
-            time.sleep(0.01)
+        _wait_until(lambda step=step: len(_saved(out.directory, 1 - rank)) >= step)
     out.write("end")
     return 0
+
+
+def _wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10 * DEADLINE + SLACK
+    while time.monotonic() < end and not happened():
+        time.sleep(0.01)
 
 
 def _saved(place: Path, rank: int) -> dict[int, dict[str, Any]]:
