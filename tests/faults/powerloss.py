@@ -227,6 +227,7 @@ def walk(history: Sequence[Event], directory: Path, *, lives: int, stop_early: b
             finally:
                 shutil.rmtree(root)
             if problem is not None:
+                problem = problem.replace(f"{root}/", "")
                 outcome.problems.append(f"power cut after operation {number} ({event.effect} {event.path}): {problem}")
                 if stop_early:
                     return outcome
@@ -282,5 +283,8 @@ def run(*, full: bool) -> Result:
         if full:
             for site, problem in missed(history, directory):
                 result.tried["lines with a sync left out"] += 1
-                result.notes.append(f"without `{site}`: {problem or 'nothing is lost: it is redundant'}")
+                if problem is None:
+                    result.failed.append(f"without `{site}` nothing is lost: it is redundant, or the model misses it")
+                else:
+                    result.notes.append(f"without `{site}`: {problem}")
     return result
