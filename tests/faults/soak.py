@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lastgood import catalog
 from lastgood.errors import LastGoodError
@@ -54,6 +55,23 @@ def usage() -> dict[str, int]:
     }
 
 
+def written_to() -> dict[str, int]:
+    """KiB of private memory by who manages it: where a growth is, when there is one."""
+    found: dict[str, int] = {}
+    kind = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            address, name = line.split()[0], "".join(line.split()[5:])
+            # glibc begins the heap of a thread at a multiple of 64 MiB.
+            of_thread = not name and int(address.partition("-")[0], 16) % (64 << 20) == 0
+            kind = "heaps of threads" if of_thread else "other memory"
+            if name:
+                kind = name if name.startswith("[") else "libraries"
+        elif line.startswith("Anonymous:"):
+            found[kind] = found.get(kind, 0) + int(line.split()[1])
+    return {kind: size for kind, size in found.items() if size}
+
+
 def start(run: Path, place: Path, until: int, leak: Callable[[], None] = lambda: None) -> Ranks:
     """Start a life of the job. `leak` is called at each commit, to see that what it loses is noticed."""
 
@@ -67,7 +85,7 @@ def start(run: Path, place: Path, until: int, leak: Callable[[], None] = lambda:
                 commits += 1
                 leak()
                 if commits >= WARM and commits % SAMPLE == 0:
-                    out.write("sample", **usage())
+                    out.write("sample", **usage(), where=written_to())
 
             return jobs.live(
                 run, out, rank=rank, world=WORLD, kind="replicated", until=until, keep=KEPT, on_commit=sample
@@ -196,7 +214,7 @@ class Soak:
                     self.problems.append(f"{where}: step {note['step']} was reported, and the newest is {newest}")
             self._measure(where, [note for note in notes if note["what"] == "sample"])
 
-    def _measure(self, where: str, samples: list[dict[str, int]]) -> None:
+    def _measure(self, where: str, samples: list[dict[str, Any]]) -> None:
         if len(samples) < 2 * JUDGED:
             return
         for name, allowed in (("memory", GROWTH_BYTES), ("descriptors", 0), ("threads", 0)):
@@ -205,7 +223,11 @@ class Soak:
             grown = min(note[name] for note in samples[-JUDGED:]) - max(note[name] for note in samples[:JUDGED])
             self.peaks[name] = max(grown, self.peaks.get(name, 0))
             if grown > allowed:
-                self.problems.append(f"{where}: {name} grew by {grown} in {len(samples) * SAMPLE} saves")
+                problem = f"{where}: {name} grew by {grown} in {len(samples) * SAMPLE} saves"
+                if name == "memory":
+                    before, after = samples[0]["where"], samples[-1]["where"]
+                    problem += f" (KiB at first: {before}, at last: {after})"
+                self.problems.append(problem)
 
     def finish(self) -> None:
         """Judge what a job that ended well leaves behind."""
