@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,10 +37,23 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         os.environ[_CODES] = folder
         try:
             run(parsed)  # type: ignore[no-untyped-call]
-        except (ChildFailedError, SignalException):
+        except (ChildFailedError, SignalException) as error:
+            if isinstance(error, SignalException):
+                _end_forgotten()
             # What torch tells of a stop is that a signal came, not how the processes ended: they say it themselves.
             return _together([int(path.read_text() or 1) for path in Path(folder).iterdir()], nproc)
     return 0
+
+
+def _end_forgotten() -> None:
+    """Ends processes that torch started and lost sight of: a signal in that moment leaves them without a launcher.
+
+    They would wait for it until the process group times out. Linux only; elsewhere they do.
+    """
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGTERM)
 
 
 def note_exit_code(code: int) -> None:

@@ -118,8 +118,13 @@ def test_a_stop_before_the_first_step_is_not_called_saved(experiment: Experiment
     options = ("--device", "cpu", "--nproc", 2)
     process = start("train", "s1", "--config", experiment.config("s1"), *options, log=log)
     wait_for(process, lambda: len(_children(process.pid)) == 2)
+    ranks = _children(process.pid)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 1 and not experiment.steps("s1"), log.read_text()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, "a process outlives its launcher"
+        time.sleep(0.1)
 
 
 @_posix
