@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import catalog, commit, disk, snapshot
+from lastgood import catalog, commit, disk, shard, snapshot
 from lastgood.errors import SaveError
 from lastgood.retain import Keep
 from lastgood.shard import FROZEN
@@ -172,6 +172,32 @@ def test_a_rotten_source_is_not_linked_on(tmp_path: Path) -> None:
         for number in range(5, 8):
             step(model, optimizer)
             catalog.check_full(catalog.Entry(1, number, 0, save(ckpt, number).name, tmp_path))
+
+
+def test_to_read_one_tensor_back_does_not_read_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(4))
+    with lastgood.Checkpointer(tmp_path, model=model) as ckpt:
+        path = save(ckpt, 1)
+    manifest = catalog.read_manifest(catalog.committed(tmp_path)[-1])
+    chunks = sorted(((name, t.chunks[0]) for name, t in manifest.tensors.items()), key=lambda item: item[1].begin)
+    record = manifest.shards[0]
+    ranges: list[tuple[int, int]] = []
+    original = disk.read_into
+
+    def read_into(file: Any, offset: int, view: memoryview) -> int:
+        ranges.append((offset, offset + len(view)))
+        return original(file, offset, view)
+
+    monkeypatch.setattr(disk, "read_into", read_into)
+    first, second = chunks[1][1], chunks[2][1]
+    shard.check_full(path / record.file, record, [chunks[2]])
+    assert ranges == [(0, record.header_size), (second.begin, second.end)]
+    ranges.clear()
+    shard.check_full(path / record.file, record, chunks[1:3])
+    assert ranges == [(0, record.header_size), (first.begin, second.end)], "neighbours are read together"
+    ranges.clear()
+    shard.check_full(path / record.file, record, chunks)
+    assert ranges == [(0, record.size)]
 
 
 @pytest.mark.parametrize("error", [errno.EMLINK, errno.EPERM, errno.EXDEV, errno.ENOTSUP])

@@ -194,6 +194,18 @@ def check_full(
         raise DamagedError("; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
 
 
+def _ends(parts: Sequence[tuple[str, int, int, str]]) -> dict[int, int]:
+    """By where each part begins, the end of the last one that follows it without a gap: so far one may read ahead.
+
+    Args:
+        parts: in the order of the file; each with its beginning and its end.
+    """
+    ends: dict[int, int] = {}
+    for _, begin, end, _ in reversed(parts):
+        ends[begin] = ends.get(end, end)
+    return ends
+
+
 def damage(
     path: Path,
     record: ShardRecord,
@@ -214,12 +226,14 @@ def damage(
             disk.drop_cache(file)
             parts = [("the header", 0, record.header_size, record.header_checksum)]
             parts += [(f"tensor {name!r}", chunk.begin, chunk.end, chunk.checksum) for name, chunk in chunks]
-            for what, begin, end, expected in sorted(parts, key=lambda part: part[1]):
+            parts.sort(key=lambda part: part[1])
+            ends = _ends(parts)
+            for what, begin, end, expected in parts:
                 state = xxhash.xxh3_128()
                 at = begin
                 while at < end:
                     if not start <= at < start + filled:
-                        start, filled = at, disk.read_into(file, at, block[: min(_BLOCK, record.size - at)])
+                        start, filled = at, disk.read_into(file, at, block[: min(_BLOCK, ends[begin] - at)])
                     part = block[at - start : min(end - start, filled)]
                     if not part:
                         raise DamagedError(f"{path} ends in the middle of {what}")

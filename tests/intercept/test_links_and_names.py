@@ -353,3 +353,42 @@ def test_the_names_of_new_directories_are_synced_once(tmp_path: Path) -> None:
         """,
     )
     assert code == 0, output
+
+
+@posix
+@pytest.mark.parametrize("history", [0, 1])
+def test_what_was_replaced_gives_its_space_back_though_a_child_was_forked_meanwhile(
+    tmp_path: Path, history: int
+) -> None:
+    # It is freed in a thread: here that thread sleeps until a child was forked, and until both were looked at.
+    code, output = start(
+        tmp_path,
+        """
+        import os, threading, time, torch
+        import _lastgood_run.system as system
+        def open_without_name():
+            links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+            return [path for path in map(os.readlink, filter(os.path.lexists, links)) if path.endswith(" (deleted)")]
+        forked, let_go = threading.Event(), system._let_go
+        def late(descriptor):
+            forked.wait(20)
+            let_go(descriptor)
+        system._let_go = late
+        for step in range(3):
+            torch.save(torch.full((200_000,), float(step)), "last.pth")
+        assert open_without_name()
+        child = os.fork()
+        if child == 0:
+            os._exit(3 if open_without_name() else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        forked.set()
+        end = time.monotonic() + 20
+        while open_without_name():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert torch.load("last.pth")[0] == 2
+        """,
+        "--history",
+        str(history),
+    )
+    assert code == 0, output

@@ -19,7 +19,7 @@ from .report import Report
 from .settings import PRIVATE, Settings
 from .units import Units
 
-SYNC_AHEAD = 64 << 20
+SYNC_AHEAD = 4 << 20
 """Bytes after which the system is asked to start writing, so that the sync at the end finds little left to do."""
 
 
@@ -238,10 +238,11 @@ class Saver:
                 new = journal.Version(size, crc, now, -1 if rank is None else rank, round_, self.settings.run, program)
                 new.inode, new.begins = inode, begins
                 journal.write(target, [*versions, new])
-                system.patiently(
-                    operation or (lambda: system.replace(source, target)), self.settings.patience, self._count_retry
-                )
-                system.sync_dir(os.path.dirname(target))
+                with system.freed_in_background(target):
+                    system.patiently(
+                        operation or (lambda: system.replace(source, target)), self.settings.patience, self._count_retry
+                    )
+                    system.sync_dir(os.path.dirname(target))
                 self._sync_above(os.path.dirname(target))
                 # The next save writes down that it is gone: a second line for each save would cost more than the rest.
                 self._without_oldest(target, versions)
@@ -378,8 +379,10 @@ class Saver:
         """Delete earlier versions beyond those that are to be kept; returns what is still worth knowing."""
         kept = [version for version in versions if version.kept]
         for version in kept[: -self.settings.history] if self.settings.history else kept:
+            link = journal.history_path(target, version.kept)
             try:
-                system.remove(journal.history_path(target, version.kept))
+                with system.freed_in_background(link):
+                    system.remove(link)
             except FileNotFoundError:
                 pass  # Since the last save.
             except OSError:

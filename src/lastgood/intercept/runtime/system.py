@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import hashlib
@@ -69,8 +70,16 @@ started = time.time()
 temporary_count = 0
 
 
+_held: set[int] = set()
+# Descriptors of files without a name, until a thread has closed them.
+_WORTHWHILE = 256 << 10
+# Bytes of a file that takes longer to free than to start a thread.
+
+
 def after_fork() -> None:
     _threads.clear()  # A lock that another thread of the parent held would never be released in the child.
+    while _held:
+        os.close(_held.pop())  # The child would keep their bytes on the disk as long as it lives.
 
 
 if hasattr(os, "register_at_fork"):
@@ -136,6 +145,43 @@ def sync_dir(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def freed_in_background(path: str) -> Iterator[None]:
+    """Around what takes the file `path` its last name: a thread frees its bytes, which takes 40 ms for 200 MB.
+
+    The file is held open meanwhile, and the last one to close it frees it.
+    """
+    descriptor = _hold(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            try:
+                _thread.start_new_thread(_let_go, (descriptor,))
+            except RuntimeError:  # No more threads, or the interpreter is ending.
+                _let_go(descriptor)
+
+
+def _hold(path: str) -> int | None:
+    """A descriptor of the file, if it is large and this is its only name."""
+    if WINDOWS:
+        return None  # What is open there cannot be replaced.
+    try:
+        status = stat(path)
+        if not stat_module.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size < _WORTHWHILE:
+            return None
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    _held.add(descriptor)
+    return descriptor
+
+
+def _let_go(descriptor: int) -> None:
+    _held.discard(descriptor)  # First: once it is closed, its number may be another file's.
+    os.close(descriptor)
 
 
 def private(directory: str) -> str:
