@@ -19,7 +19,7 @@ from .report import Report
 from .settings import PRIVATE, Settings
 from .units import Units
 
-SYNC_AHEAD = 4 << 20
+SYNC_AHEAD = 1 << 20
 """Bytes after which the system is asked to start writing, so that the sync at the end finds little left to do."""
 
 
@@ -119,7 +119,7 @@ class Saver:
         temporary = self.temporary(path)
         try:
             raw = Raw(temporary, like=path, checksum=False)
-            with io.BufferedWriter(raw, 1 << 20) as file:
+            with io.BufferedWriter(raw, 256 << 10) as file:
                 yield file
                 self.finish(raw, file)
         except BaseException as error:
