@@ -62,7 +62,7 @@ class _Connection:
         """The messages that are complete by now; None when the other side has closed."""
         limit = _HELLO_BYTES if self.rank is None else _MESSAGE_BYTES
         try:
-            data = self.socket.recv(1 << 20)
+            data = self.socket.recv(1 << 16)
         except BlockingIOError:
             return []
         if not data:

@@ -191,7 +191,7 @@ def test_the_other_ranks_wait_while_rank_0_watches_a_heart_that_stands_still(tmp
 
     def second(rank: Rank) -> int:
         on_machine("B" if rank.rank == 0 else "C")
-        with rank.checkpointer(state=state(0), replicated=["*"], stale=9.0, deadline=3.0) as ckpt:
+        with rank.checkpointer(state=state(0), replicated=["*"], stale=14.0, deadline=6.0) as ckpt:
             return ckpt.restore()
 
     run_ranks(1, first, tmp_path / "1", run=tmp_path / "run")
