@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -348,3 +349,32 @@ def test_the_manifest_names_the_versions_of_what_the_program_uses(
     assert found["numpy"] == np.__version__ and found["safetensors"] == version("safetensors")
     assert found["accelerate"] == "9.8"
     assert set(found) == {"lastgood", "torch", "python", "system", "safetensors", "numpy", "accelerate"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_save_of_many_tensors_sets_off_few_garbage_collections(tmp_path: Path, enabled: bool) -> None:
+    """Each may take half a second in a program with millions of objects."""
+    began: list[str] = []
+    me = threading.get_ident()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and threading.get_ident() == me:
+            began.append(str(info["generation"]))
+
+    gc.callbacks.append(note)
+    before = gc.isenabled(), gc.get_threshold()
+    try:
+        with lastgood.Checkpointer(tmp_path, model=nn.ModuleList(nn.Linear(2, 2) for _ in range(300))) as ckpt:
+            ckpt.save(1)
+            ckpt.wait()
+            gc.set_threshold(100)
+            (gc.enable if enabled else gc.disable)()
+            began.clear()
+            ckpt.save(2)
+            seen = len(began)
+            assert gc.isenabled() == enabled
+        assert seen <= 3
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*before[1])
+        (gc.enable if before[0] else gc.disable)()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lastgood import arguments, catalog, disk, generation, part, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
+from lastgood.garbage import uncollected
 from lastgood.handle import SaveHandle
 from lastgood.log import format_bytes, show_log
 from lastgood.loop import Loop
@@ -326,7 +327,8 @@ class Checkpointer:
         self._check_open()
         self._check_step(step)
         metrics = arguments.check_metrics(self.metrics if metrics is None else metrics)
-        state = self._flattener.flatten(gradients=self._gradients)
+        with uncollected():
+            state = self._flattener.flatten(gradients=self._gradients)
         if step == self._last_step and self._handle is not None:
             if blocking:
                 # Rank 0 may have left it out (busy="skip"), of which this rank hears later.
@@ -345,29 +347,30 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        held, steady = self._steady.look()
-        still, unchanged = self._still.take(state, held, self._saver.announced_frozen)
-        self._snapshot.take(state, self._saver.writers, steady, still, unchanged)
-        request = part.Request(
-            step=step,
-            tries=tries,
-            objects=state.objects,
-            kinds=state.kinds,
-            random=random_state.capture(),
-            metrics=metrics,
-            program=self._program,
-            versions=self._versions,
-            parent=self._saver.parent,
-            tensors=state.tensors,
-            layout=self._snapshot.layout,
-            buffer=self._snapshot,
-            deadline=self.deadline,
-        )
-        self._tries = {step: tries + 1}
-        self._last_step, self._saved_objects, self._handle = step, state.objects, handle
-        handle.stall = time.monotonic() - began
-        self._saving = self._saver.start(request, handle)
-        self._snapshot.begin()
+        with uncollected():
+            held, steady = self._steady.look()
+            still, unchanged = self._still.take(state, held, self._saver.announced_frozen)
+            self._snapshot.take(state, self._saver.writers, steady, still, unchanged)
+            request = part.Request(
+                step=step,
+                tries=tries,
+                objects=state.objects,
+                kinds=state.kinds,
+                random=random_state.capture(),
+                metrics=metrics,
+                program=self._program,
+                versions=self._versions,
+                parent=self._saver.parent,
+                tensors=state.tensors,
+                layout=self._snapshot.layout,
+                buffer=self._snapshot,
+                deadline=self.deadline,
+            )
+            self._tries = {step: tries + 1}
+            self._last_step, self._saved_objects, self._handle = step, state.objects, handle
+            handle.stall = time.monotonic() - began
+            self._saving = self._saver.start(request, handle)
+            self._snapshot.begin()
         if blocking:
             self._await(handle.wait)
         return handle
