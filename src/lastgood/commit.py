@@ -206,6 +206,8 @@ class Root:
         self._channel.post(prefix + "call", call)
         until = time.monotonic() + request.deadline
         files = []
+        if layout.frozen:
+            self.frozen.begin(layout.frozen, request.buffer)
         if layout.share or not layout.frozen:
             files.append(write_file(directory / "00000.safetensors", layout.share, request.buffer))
         if layout.frozen:
@@ -257,7 +259,7 @@ class Root:
         """The file of what does not change: by hard link where that is safe, else written."""
         pieces, buffer = request.layout.frozen, request.buffer
         uncounted = self.frozen.may_link(pieces)
-        record = self.frozen.link(path.parent, pieces, buffer)
+        record = self.frozen.link(path.parent)
         if record is None:
             if uncounted:
                 make_room(sum(piece.size for piece in pieces) + _MARGIN)

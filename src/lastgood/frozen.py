@@ -10,7 +10,9 @@ in turns, a part of it at each save, before it is linked on.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,31 +40,41 @@ class Frozen:
         """Checksums of the header and of every tensor that the copies have."""
         self._record: Json = None
         self._turns: dict[object, int] = {}
+        self._source: tuple[object, Path, Future[None]] | None = None
+        """The copy that this save links: identity, name, and the reading of a part of it."""
         self._pending: tuple[Path, Json] | None = None
+        """The file of the save under way, until that is committed, and its record."""
 
-    def link(self, directory: Path, pieces: Sequence[Piece], buffer: Snapshot) -> Json | None:
-        """Link the frozen file into `directory`. Returns its record, or None where it has to be written."""
-        self._pending = None
+    def begin(self, pieces: Sequence[Piece], buffer: Snapshot) -> None:
+        """Choose the file that :meth:`link` will link, if there is one, and begin to read a part of it back."""
+        self._source = self._pending = None
         copies = self._alive()
         if len(copies) < 2:
-            return None
+            return
         content = [[p.label, p.dtype, list(p.offsets), list(p.shape), buffer.checksum_of(p)] for p in pieces]
         if content != self._content:
             self.forget()
-            return None
+            return
         # The one that the newest checkpoint does not have: a single bad sector never takes two neighbours.
-        source = min(copies.items(), key=lambda item: item[1][-1].parent.name)
+        identity, paths = min(copies.items(), key=lambda item: item[1][-1].parent.name)
+        self._source = identity, paths[-1], self._read_back(identity, paths[-1])
+
+    def link(self, directory: Path) -> Json | None:
+        """Link the chosen file into `directory`. Returns its record, or None where it has to be written."""
+        if self._source is None:
+            return None
+        identity, path, read_back = self._source
         try:
-            self._read_back(source[0], source[1][-1])
+            read_back.result()
         except DamagedError as error:
             _log.error("%s. It is not linked on; the bytes are written anew.", error)
-            del self._copies[source[0]]
+            del self._copies[identity]
             return None
         try:
-            disk.link(source[1][-1], directory / FROZEN)
+            disk.link(path, directory / FROZEN)
         except OSError as error:
             # Too many links, a file system without them, or one that is mounted in parts.
-            _log.info("%s cannot be linked (%s): its bytes are written again", source[1][-1], error)
+            _log.info("%s cannot be linked (%s): its bytes are written again", path, error)
             return None
         self._pending = directory / FROZEN, self._record
         return self._record
@@ -106,8 +118,8 @@ class Frozen:
         self._copies = alive
         return alive
 
-    def _read_back(self, identity: object, path: Path) -> None:
-        """Read the next part of a source from the disk. Raises DamagedError."""
+    def _read_back(self, identity: object, path: Path) -> Future[None]:
+        """Read the next part of a source from the disk, while other bytes are written. Its result: DamagedError."""
         rows = self._record["pieces"]
         budget = _TURN_BYTES
         at = self._turns.get(identity, 0) % len(rows)
@@ -119,4 +131,19 @@ class Frozen:
             at = (at + 1) % len(rows)
         self._turns = {key: turn for key, turn in self._turns.items() if key in self._copies} | {identity: at}
         whole = self._record
-        check_full(path, ShardRecord(FROZEN, whole["size"], whole["header_size"], whole["header_checksum"]), parts)
+        record = ShardRecord(FROZEN, whole["size"], whole["header_size"], whole["header_checksum"])
+        done: Future[None] = Future()
+
+        def read() -> None:
+            try:
+                check_full(path, record, parts)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        try:
+            threading.Thread(target=read, name="lastgood-read-back", daemon=True).start()
+        except RuntimeError:  # No more threads, or the interpreter is ending.
+            read()
+        return done

@@ -29,8 +29,8 @@ Scenario = Literal["new", "old"]
 """Whether the run that is killed is empty, or holds checkpoints, history and the left-over of a dead save."""
 UNTIL = {"new": 2, "old": 6}
 """The step after which the killed life would end."""
-END = 7
-"""The step at which the final bits are compared."""
+END = 9
+"""The step at which the final bits are compared: after every life that is killed."""
 LINKED = 2
 """So many steps more, where files are shared by hard link: that begins with the third save of a life."""
 KEPT = 2
