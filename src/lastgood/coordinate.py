@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from lastgood.errors import PeerError
 from lastgood.values import Json
@@ -80,6 +81,16 @@ class _Connection:
         return messages
 
 
+@dataclass(slots=True)
+class _Task:
+    """What the background thread does every so many seconds."""
+
+    seconds: float
+    call: Callable[[], None]
+    due: float
+    """When it is to be done next, by the monotonic clock."""
+
+
 class Channel:
     """The messages of one rank. A message has a key; what a key means is the caller's business.
 
@@ -101,8 +112,7 @@ class Channel:
         self._inbox: dict[tuple[str, int], Json] = {}
         self._posted: dict[str, Json] = {}
         self._news = threading.Condition()
-        self._tasks: list[tuple[float, Callable[[], None]]] = []
-        self._due: list[float] = []
+        self._tasks: list[_Task] = []
         self._listeners: list[tuple[str, Callable[[str, Json], None]]] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -196,8 +206,9 @@ class Channel:
 
     def every(self, seconds: float, task: Callable[[], None]) -> None:
         """Call `task` in the background every so many seconds. Its errors are logged, and it is called again."""
-        self._tasks.append((seconds, task))
-        self._due.append(time.monotonic() + seconds)
+        # In one step: the background thread may be looking at them.
+        self._tasks.append(_Task(seconds, task, time.monotonic() + seconds))
+        self._wake()
 
     def on(self, prefix: str, listener: Callable[[str, Json], None]) -> None:
         """Call `listener` in the background with every message whose key begins with `prefix`, when it arrives.
@@ -320,7 +331,8 @@ class Channel:
 
     def _serve(self) -> None:
         while not self._stopping:
-            timeout = max(0.0, min(self._due) - time.monotonic()) if self._due else None
+            due = min((task.due for task in self._tasks), default=None)
+            timeout = None if due is None else max(0.0, due - time.monotonic())
             try:
                 self._turn(timeout)
             except Exception:
@@ -328,11 +340,11 @@ class Channel:
                 if not self._stopping:
                     _log.exception("lastgood: the messages between the ranks stumbled; they go on")
                     time.sleep(_STUMBLE_SECONDS)
-            for index, (seconds, task) in enumerate(self._tasks):
-                if time.monotonic() >= self._due[index]:
-                    self._due[index] = time.monotonic() + seconds
+            for task in self._tasks:
+                if time.monotonic() >= task.due:
+                    task.due = time.monotonic() + task.seconds
                     try:
-                        task()
+                        task.call()
                     except Exception:
                         _log.exception("lastgood: a background task failed; it will be tried again")
 

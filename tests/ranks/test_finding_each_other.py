@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,6 +265,39 @@ def test_a_stranger_that_resets_its_connection_does_not_stop_the_heart() -> None
     time.sleep(0.3)
     beat.clear()
     assert beat.wait(20)
+    channel.close()
+
+
+def test_a_task_that_is_added_while_the_background_thread_looks_at_them_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    channel, beat = listening()
+    channel.start()
+    added, me = threading.Event(), threading.get_ident()
+
+    def monotonic() -> float:
+        if threading.get_ident() == me:
+            time.sleep(0.3)  # The background thread looks in the middle of the adding, several times.
+        return time.monotonic()
+
+    monkeypatch.setattr(coordinate, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    channel.every(0.05, added.set)
+    monkeypatch.undo()
+    assert added.wait(20)
+    beat.clear()
+    assert beat.wait(20)
+    channel.close()
+
+
+def test_a_task_that_is_added_does_not_wait_for_the_one_before() -> None:
+    channel = Channel(World(0, 2, one_host=True))
+    channel.listen()
+    channel.every(3600.0, lambda: None)
+    channel.start()
+    time.sleep(0.2)  # The background thread waits for its one task.
+    added = threading.Event()
+    channel.every(0.05, added.set)
+    assert added.wait(20)
     channel.close()
 
 
