@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from test_run import start
 
 from lastgood.cli import main
-from lastgood.intercept.runtime.journal import checksum
+from lastgood.intercept.runtime.journal import Version, checksum
 from lastgood.intercept.runtime.journal import read as read_versions
+from lastgood.intercept.runtime.journal import write as write_versions
 
 PROGRAM = """
     import json, os
@@ -118,3 +119,20 @@ def test_a_directory_above_those_with_journals_is_checked(saved: Path, tmp_path:
     path.write_bytes(path.read_bytes()[:-1])
     result = verify(saved / "logs")
     assert result.exit_code == 1 and str(path) in result.stdout
+
+
+@pytest.mark.parametrize("many", [1, 5, 200])
+def test_the_last_whole_line_of_a_journal_counts(tmp_path: Path, many: int) -> None:
+    """However long it is, and whatever a crash left behind it."""
+    target = str(tmp_path / "last.pth")
+    (tmp_path / ".lastgood").mkdir()
+    for first in (0, 1000):
+        expected = [Version(first + number, number, 1.0, kept=f"{number}.pth") for number in range(many)]
+        write_versions(target, expected)
+        assert read_versions(target) == expected
+    journal = tmp_path / ".lastgood" / "last.pth.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole.splitlines()[-1][: 9000 if many == 200 else 20])
+    assert read_versions(target) == expected
+    journal.write_bytes(b"")
+    assert read_versions(target) == []

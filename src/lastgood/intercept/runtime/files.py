@@ -53,10 +53,12 @@ def absolute(path: Any) -> str | None:
 
 def target_of(path: Any) -> str | None:
     """The file that writing to `path` would write, links followed; None where it is not a plain file, or not ours."""
-    name = absolute(path)
-    if name is None:
+    try:
+        name = os.path.realpath(os.fspath(path))
+    except TypeError:
         return None
-    name = os.path.realpath(name)
+    if not isinstance(name, str):
+        return None
     try:
         if not stat_module.S_ISREG(system.stat(name).st_mode):
             return None  # A pipe or a device.

@@ -21,6 +21,8 @@ from .settings import PRIVATE
 
 SUFFIX = ".jsonl"
 KEEP_ENTRIES = 8
+_TAIL = 1 << 13
+# Bytes at the end of a journal in which its last line mostly lies.
 _COMPACT = 1 << 16
 # Bytes of a journal after which its old lines are dropped.
 
@@ -66,16 +68,20 @@ def _journal(target: str) -> str:
 def read(target: str) -> list[Version]:
     """The versions of a file, oldest first; none where there is no journal, or it does not make sense."""
     try:
-        with system.open_file(_journal(target), "rb") as file:
-            lines = file.read().splitlines()
+        with system.open_file(_journal(target), "rb", buffering=0) as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - _TAIL)
+            while True:
+                file.seek(begin)
+                for line in reversed(file.read().splitlines()):
+                    try:
+                        return [Version(**entry) for entry in json.loads(line)]
+                    except (ValueError, TypeError):
+                        continue  # A crash cut this line off, or it begins before what was read.
+                if begin == 0:
+                    return []
+                begin = 0
     except OSError:
         return []
-    for line in reversed(lines):
-        try:
-            return [Version(**entry) for entry in json.loads(line)]
-        except (ValueError, TypeError):
-            continue  # A crash cut this line off.
-    return []
 
 
 def write(target: str, versions: list[Version]) -> None:

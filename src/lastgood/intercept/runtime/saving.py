@@ -388,8 +388,8 @@ class Saver:
             except OSError:
                 continue  # A program has it open: it goes the next time.
             version.kept = ""
-        recent = versions[-journal.KEEP_ENTRIES :]
-        return [version for version in versions if version.kept or version in recent]
+        recent = len(versions) - journal.KEEP_ENTRIES
+        return [version for number, version in enumerate(versions) if version.kept or number >= recent]
 
     # Moving.
 

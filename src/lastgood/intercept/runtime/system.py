@@ -188,7 +188,7 @@ def private(directory: str) -> str:
     """The hidden directory beside the files of `directory`, made if need be."""
     path = os.path.join(directory, PRIVATE)
     try:
-        os.mkdir(path)
+        mkdir(path)
         if WINDOWS:
             import ctypes
 
