@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import LastGoodError, catalog, disk, program
+from lastgood import LastGoodError, catalog, commit, disk, program, saver
 from roundtrip import seed
 
 
@@ -378,3 +378,29 @@ def test_a_save_of_many_tensors_sets_off_few_garbage_collections(tmp_path: Path,
         gc.callbacks.remove(note)
         gc.set_threshold(*before[1])
         (gc.enable if before[0] else gc.disable)()
+
+
+def test_the_hurry_of_the_training_is_not_forgotten_before_the_turn_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the save before may take seconds, and the training may want the next one meanwhile."""
+    go, seen = threading.Event(), []
+    after, save = saver.Saver._after, commit.Root._save
+
+    def slow(self: Any, *arguments: Any) -> None:
+        assert go.wait(30)
+        after(self, *arguments)
+
+    def look(self: Any, *arguments: Any) -> Any:
+        seen.append(self.hurried)
+        return save(self, *arguments)
+
+    monkeypatch.setattr(saver.Saver, "_after", slow)
+    monkeypatch.setattr(commit.Root, "_save", look)
+    with lastgood.Checkpointer(tmp_path, w=torch.zeros(3)) as ckpt:
+        ckpt.save(1).result()
+        second = ckpt.save(2)
+        ckpt._saver.hurry()
+        go.set()
+        second.result()
+    assert seen == [False, True]

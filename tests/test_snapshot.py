@@ -360,3 +360,77 @@ def test_who_waits_for_the_copy_takes_part_in_it(tmp_path: Path, monkeypatch: py
         monkeypatch.undo()
         ckpt.restore(1)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["before the step", "in save"])
+def test_a_signal_while_training_helps_to_copy_costs_neither_the_save_nor_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Ctrl-C mostly comes in the middle of a copy, which is where the time goes."""
+    model = build(layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    real, me, interrupted = ctypes.memmove, threading.get_ident(), threading.Event()
+
+    def memmove(target: int, source: int, size: int) -> None:
+        if threading.get_ident() == me and not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(30)
+        real(target, source, size)
+
+    def submit(task: Any, *arguments: Any) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    with begin(tmp_path, model=model, optimizer=optimizer, deadline=30) as ckpt:
+        step(model, optimizer)
+        wanted = copy.deepcopy(model.state_dict())
+        monkeypatch.setattr(ctypes, "memmove", memmove)
+        if where == "in save":
+            monkeypatch.setattr(ckpt._snapshot._background, "submit", submit)
+            with pytest.raises(KeyboardInterrupt):
+                ckpt.save(1)
+        else:
+            ckpt.save(1)
+            with pytest.raises(KeyboardInterrupt):
+                step(model, optimizer)  # Its hook waits for the copy.
+        monkeypatch.undo()
+        handle = ckpt._handle
+        assert handle is not None and interrupted.is_set()
+        handle.wait(20)
+        assert handle.state == "committed", handle.error
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        ckpt.restore(1)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_thread_that_cannot_be_started_does_not_make_a_copy_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool queues a task before it starts a thread for it."""
+    model = build(layers=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with begin(tmp_path, model=model, optimizer=optimizer) as ckpt:
+        step(model, optimizer)
+        ckpt.save(1).result()
+        ckpt._finish_save()
+        queued, real = [], ckpt._snapshot._background.submit
+
+        def submit(task: Any, *arguments: Any) -> None:
+            queued.append((task, arguments))
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(ckpt._snapshot._background, "submit", submit)
+        step(model, optimizer)
+        handle = ckpt.save(2)
+        monkeypatch.undo()
+        handle.result()
+        assert queued
+        step(model, optimizer)
+        ckpt.wait_snapshot()
+        for task, arguments in queued:
+            real(task, *arguments).result(20)  # Now there is a thread again, and it comes to what was queued.
+        assert ckpt._snapshot.overlap
+        ckpt.save(3).result()

@@ -113,7 +113,6 @@ class Root:
             SaveError: the save was given up; the reason names the rank, file or disk that it was.
             ReplacedError: a later job holds the run.
         """
-        self.hurried = False
         prefix = message_prefix(self._holder.number, request.step, request.tries)
         name: str | None = None
         try:

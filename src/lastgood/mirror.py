@@ -50,9 +50,7 @@ class Copier:
         self._mirror, self._keep = mirror, mirror.keep or keep
         self._holder, self._events = holder, events
         self._wake = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._closing = False
+        self._closing = self._finished = False
         self._away = False
         self._damaged: set[str] = set()
         """Checkpoints of the run that cannot be copied."""
@@ -61,16 +59,14 @@ class Copier:
 
     def notify(self) -> None:
         """There may be something to copy."""
-        self._idle.clear()
         self._wake.set()
 
     def close(self, seconds: float) -> bool:
         """Copy what is left, for at most `seconds`. Returns whether the mirror is up to date."""
         self._closing = True
         self.notify()
-        done = self._idle.wait(seconds)
-        self._thread.join(0.1 if not done else seconds)
-        return done and not self._away
+        self._thread.join(seconds)
+        return self._finished and not self._away
 
     def _work(self) -> None:
         pause = 1.0
@@ -91,9 +87,8 @@ class Copier:
                     )
                     self._events.write("mirror-behind", why=str(error))
                 self._away, pause = True, min(pause * 2, 60.0)
-            if not self._wake.is_set():
-                self._idle.set()
             if closing:
+                self._finished = True
                 return
 
     def _catch_up(self, *, everything: bool) -> None:

@@ -132,6 +132,8 @@ class Saver:
         """Write in the background, after the save before. The future is done when all that follows the save is, too."""
         turn: Future[None] = Future()
         self.buffer_free.clear()
+        if self.root is not None:
+            self.root.hurried = False  # Here: the training may be in a hurry before this save's turn has come.
         try:
             self._background.submit(self._take_turn, turn, request, handle)
         except BaseException as error:

@@ -107,7 +107,10 @@ def write(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> tuple[ShardRec
 
     # Both only read the buffer, and the hash releases the GIL: it is free while the disk is the slower one.
     hashing = threading.Thread(target=digest, name="lastgood-checksum")
-    hashing.start()
+    try:
+        hashing.start()
+    except RuntimeError:  # No more threads, or the interpreter is ending.
+        digest()
     try:
         with disk.NewFile(path, direct=True) as file:
             file.write(_aligned(head))
@@ -119,7 +122,8 @@ def write(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> tuple[ShardRec
             file.sync()
             size = file.size
     finally:
-        hashing.join()
+        if hashing.ident is not None:
+            hashing.join()
     if failures:
         raise failures[0]
     return ShardRecord(path.name, size, len(head), digests[0]), digests[1:]

@@ -56,6 +56,18 @@ class _Late:
         return self.source._version != self.version or sample(self.address, self.piece.size) != self.sample
 
 
+class _Once:
+    """A task that runs once, in whichever thread comes first."""
+
+    def __init__(self, task: Callable[[list[_Late]], None], items: list[_Late]) -> None:
+        self._task, self._items = task, items
+        self._first = threading.Lock()
+
+    def __call__(self) -> None:
+        if self._first.acquire(blocking=False):
+            self._task(self._items)
+
+
 @dataclass(slots=True)
 class _Plan:
     """How the buffer is filled, as long as the structure of the state is the same."""
@@ -205,16 +217,20 @@ class Snapshot:
                 for item in copies
                 for offset in range(0, item.piece.size, _STRIDE)
             )
-        if copies:
-            self._in_background(self._copy, copies)
-        for share in shares:
-            self._in_background(self._compare, share)
-
-    def _in_background(self, task: Callable[[list[_Late]], None], items: list[_Late]) -> None:
+        tasks = [_Once(self._copy, copies)] if copies else []
+        tasks += [_Once(self._compare, share) for share in shares]
         try:
-            self._background.submit(task, items)
-        except RuntimeError:  # No more threads, or the interpreter is ending.
-            task(items)
+            for task in tasks:
+                try:
+                    self._background.submit(task)
+                except (
+                    RuntimeError
+                ):  # No more threads, or the interpreter is ending: then it may be queued all the same.
+                    task()
+        except BaseException:  # A signal. The save does not suffer from it.
+            for task in tasks:
+                task()
+            raise
 
     def wait(self) -> None:
         """Return when every tensor may change: before an optimizer step, or before changing weights by hand.
@@ -299,11 +315,14 @@ class Snapshot:
     def _copy(self, late: list[_Late]) -> None:
         """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
         try:
-            while self._move(0):
-                continue
-            with self._news:
-                while self._moving:
-                    self._news.wait()
+            moving = True
+            while moving:
+                while self._move(0):
+                    continue
+                with self._news:
+                    while self._moving and not self._todo:
+                        self._news.wait()
+                    moving = bool(self._todo)  # A part comes back where a signal interrupted who copied it.
             # Not before: an operation that was under way raises the version counters only at its end.
             for item in late:
                 if item.changed():
@@ -326,15 +345,20 @@ class Snapshot:
             del self._todo[end]
             self._moving += 1
         at = item.piece.at + offset
-        # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
-        ctypes.memmove(self._buffer.data_ptr() + at, item.address + offset, size)
-        filled = at + size
-        with self._news:
-            self._moving -= 1
-            if end == 0 and self._todo:
-                following, offset, _ = self._todo[0]
-                filled = following.piece.at + offset
-            self._news.notify_all()
+        filled, copied = at + size, False
+        try:
+            # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
+            ctypes.memmove(self._buffer.data_ptr() + at, item.address + offset, size)
+            copied = True
+        finally:
+            with self._news:
+                self._moving -= 1
+                if not copied:  # A signal, such as Ctrl-C: whoever copies next takes it.
+                    self._todo.insert(len(self._todo) if end else 0, (item, offset, size))
+                elif end == 0 and self._todo:
+                    following, offset, _ = self._todo[0]
+                    filled = following.piece.at + offset
+                self._news.notify_all()
         if end == 0:
             self._advance(filled)
         return True
@@ -358,8 +382,8 @@ class Snapshot:
         with self._news:
             queued, self._queued = self._queued, []
             changed = next((name for name, source, version in queued if source._version != version), None)
-        if changed is not None:
-            self._fail(changed)
+            if changed is not None:
+                self._fail(changed)  # Before another thread can find that nothing is left to look at.
 
     def _advance(self, filled: int) -> None:
         with self._news:

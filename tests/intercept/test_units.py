@@ -429,3 +429,64 @@ def test_a_process_that_has_ended_is_dead_before_anybody_asks_for_its_exit_code(
     finally:
         os.waitpid(child, 0)
     assert system.is_alive(os.getpid()) and system.birth(os.getpid())
+
+
+def test_the_mirror_does_not_finish_what_the_program_left_with_an_error(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, sys, time, torch
+        import _lastgood_run.mirror as mirror
+        copy = mirror.Mirror._copy
+        def late(self, *arguments):
+            time.sleep(1)  # The program has ended by then; the interpreter waits for this thread.
+            copy(self, *arguments)
+        mirror.Mirror._copy = late
+        os.mkdir("checkpoint-1")
+        torch.save([1], "checkpoint-1/model.pth")
+        sys.exit(1)
+        """,
+        *("--complete", "checkpoint-*", "--mirror", str(tmp_path / "mirror")),
+    )
+    assert code == 1, output
+    assert (tmp_path / "mirror" / "checkpoint-1" / "model.pth").exists()
+    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir()))", "--complete", "checkpoint-*")
+    assert "['mirror', 'script.py']" in output, output
+
+
+def test_a_timer_that_cannot_be_started_fails_no_save(tmp_path: Path) -> None:
+    """At the end of the interpreter no thread can."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, threading, torch
+        def start(self): raise RuntimeError("can't create new thread at interpreter shutdown")
+        threading.Timer.start = start
+        os.mkdir("checkpoint-1")
+        torch.save([1], "checkpoint-1/model.pth")
+        """,
+        *("--complete", "checkpoint-*"),
+    )
+    assert code == 0 and "0 failed" in output, output
+
+
+@posix
+def test_a_signal_whose_handler_saves_may_come_in_a_save(tmp_path: Path) -> None:
+    code, output = start(
+        tmp_path,
+        """
+        import os, signal, torch
+        import _lastgood_run.report as report
+        leave = report.Report._leave
+        def interrupted(self):
+            report.Report._leave = leave
+            os.kill(os.getpid(), signal.SIGUSR1)  # While its lock is held.
+            leave(self)
+        signal.signal(signal.SIGUSR1, lambda *_: torch.save([2], "last.pth"))
+        torch.save([0], "first.pth")
+        report.Report._leave = interrupted
+        torch.save([1], "other.pth")
+        assert torch.load("last.pth") == [2]
+        """,
+    )
+    assert code == 0 and "3 files saved" in output, output

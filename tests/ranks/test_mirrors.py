@@ -354,3 +354,23 @@ def test_what_another_job_has_copied_meanwhile_stays(tmp_path: Path) -> None:
     (ended,) = run(tmp_path, "1", main, size=1)
     ended.ok()
     assert (target / "mark").exists() and not ended.logged("WARNING")
+
+
+def test_a_mirror_that_is_up_to_date_before_it_is_closed_is_not_waited_for(tmp_path: Path) -> None:
+    """The last save's wake-up and the closing may come together."""
+
+    def main(rank: Rank) -> float:
+        ckpt = rank.checkpointer(state=state(), mirror=rank.run.with_name("mirror"), deadline=30)
+        ckpt.save(1, blocking=True).result()
+        ckpt._finish_save()
+        copier = ckpt._saver._copier
+        copier._closing = True
+        copier.notify()
+        copier._thread.join(20)
+        began = time.monotonic()
+        ckpt.close()
+        return time.monotonic() - began
+
+    (ended,) = run(tmp_path, "1", main, size=1)
+    assert ended.ok() < 20 and not ended.logged("not up to date")
+    assert checkpoints(tmp_path / "mirror") == ["step-00000001"]

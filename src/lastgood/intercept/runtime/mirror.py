@@ -34,7 +34,7 @@ class Mirror:
 
     def reset(self) -> None:
         """In a forked child: what is to be copied is its parent's affair."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A signal handler or a finalizer may save, too.
         self._links: dict[str, str | None] = {}
         """What is to be copied, by its path; None where the copy is to go."""
         self._running = False
@@ -68,6 +68,14 @@ class Mirror:
                 self._work()  # The interpreter is ending, and starts no more threads.
 
     def _work(self) -> None:
+        try:
+            self._copy_all()
+        except BaseException:
+            with self._lock:
+                self._running = False  # The next save begins anew.
+            raise
+
+    def _copy_all(self) -> None:
         while True:
             with self._lock:
                 if not self._links:
@@ -88,7 +96,7 @@ class Mirror:
                 _drop(link, path)
 
     def _copy(self, link: str, path: str, target: str) -> None:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        system.make_dirs(os.path.dirname(target))
         with system.locked(target):
             if link != path and not _is_same(link, path):
                 return  # Replaced by another process, which makes the copy, or moved or deleted.

@@ -16,7 +16,7 @@ class Report:
 
     def __init__(self, state: str) -> None:
         self._state = state
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._said: set[str] = set()
         self.counts: dict[str, Any] = {}
         self.reset()
@@ -24,7 +24,7 @@ class Report:
     def reset(self) -> None:
         """Begin anew, in a forked child."""
         self._name = f"{os.getpid()}-{os.urandom(4).hex()}.json"  # A long run meets the same pid again.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A signal handler or a finalizer may save, too.
         self.counts = dict.fromkeys(FIELDS, 0)
         self.counts["last_failed"] = ""
 

@@ -175,7 +175,7 @@ class Saver:
         """
         kept = os.path.join(os.path.dirname(target), PRIVATE, kind, f"{os.path.basename(target)}.{kind}")
         try:
-            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            system.make_dirs(os.path.dirname(kept))
             system.replace(source, kept)
         except OSError:
             return source
@@ -351,7 +351,7 @@ class Saver:
         name = f"{os.path.basename(target)}.{int(current.time * 1000)}"
         link = journal.history_path(target, name)
         try:
-            os.makedirs(os.path.dirname(link), exist_ok=True)
+            system.make_dirs(os.path.dirname(link))
             self._link(target, link)
         except FileExistsError:
             pass  # This version has its link: it was kept when a save was cut off after this point.

@@ -184,6 +184,18 @@ def _let_go(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def make_dirs(path: str) -> None:
+    """As os.makedirs, which would tell our own patches of it."""
+    try:
+        mkdir(path)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        make_dirs(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            mkdir(path)
+
+
 def private(directory: str) -> str:
     """The hidden directory beside the files of `directory`, made if need be."""
     path = os.path.join(directory, PRIVATE)

@@ -113,7 +113,7 @@ def _hide_away(directory: str, name: str, found: str, report: Report) -> None:
     if not system.exists(source):
         return
     target = os.path.join(directory, PRIVATE, "incomplete", f"{name}.{int(time.time() * 1000)}")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    system.make_dirs(os.path.dirname(target))
     system.rename(source, target)
     report.add(set_aside=1)
     report.say(f"{source} {found}; it is now {target}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,17 @@ class Mark:
     """A framework says when it is finished, and nothing else does."""
 
 
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One thread at a time: savers, the timer, and whoever deletes."""
+
+    @functools.wraps(method)
+    def locked(self: Units, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Units:
     """The checkpoints that this process is writing, and those that it finds."""
 
@@ -82,6 +94,7 @@ class Units:
         self._frameworks: list[set[str]] = []
         """For each save of a framework that is going on, the marks of what it has written so far."""
         self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
         atexit.register(self.at_exit)
 
     # Writing.
@@ -120,6 +133,7 @@ class Units:
         others = [path for path in there if path != target]
         return [os.path.join(unit.directory, name) for name in unit.names] if unit.group and others else [], others
 
+    @_alone
     def writes(self, target: str, temporary: str) -> None:
         """A file is being written that will be `target`: if that is in a directory, this is not finished before."""
         unit = self.unit_of(target)
@@ -130,6 +144,7 @@ class Units:
         with contextlib.suppress(OSError):  # It is tried again when the file is put in place, which then fails.
             self.begin(target)
 
+    @_alone
     def wrote(self, temporary: str, failed: str = "") -> None:
         """A file that was being written is in place; or it is not, and the save of `failed` has failed."""
         unit = self.unit_of(failed) if failed else None
@@ -139,6 +154,7 @@ class Units:
         if self._writing.pop(temporary, None) is not None:
             self._end_when_idle()
 
+    @_alone
     def begin(self, target: str) -> None:
         """A file of a checkpoint is about to be written or put in place."""
         unit = self.unit_of(target)
@@ -208,6 +224,7 @@ class Units:
             system.sync_file(file.fileno())
         system.replace(temporary, marker)
 
+    @_alone
     def saved(self, target: str) -> None:
         """A file of a checkpoint is in place."""
         unit = self.unit_of(target)
@@ -222,6 +239,7 @@ class Units:
         elif set(mark.saved) == unit.paths:
             self._end(self._marker(unit))
 
+    @_alone
     def left(self, target: str) -> None:
         """Rank 0 has put this file in place, for this rank too."""
         unit = self.unit_of(target)
@@ -236,6 +254,7 @@ class Units:
         if set(left) == unit.paths:
             del self._left[marker]
 
+    @_alone
     def is_half_of_a_save(self, target: str, put: float) -> bool:
         """Whether what was put in place at `put` belongs to a checkpoint that is not finished yet.
 
@@ -257,9 +276,11 @@ class Units:
         except BaseException:
             self._frameworks.pop()
             raise
-        for marker in self._frameworks.pop():
-            self._end(marker)
+        with self._lock:
+            for marker in self._frameworks.pop():
+                self._end(marker)
 
+    @_alone
     def deleted(self, path: str) -> None:
         """A directory is gone; if it is made again, that is another one."""
         unit = self.unit_of(os.path.join(path, ""))
@@ -275,6 +296,7 @@ class Units:
         self._frameworks = []
         self.exit_status = None
         self._timer = None
+        self._lock = threading.RLock()
 
     def _marker(self, unit: Unit) -> str:
         digest = hashlib.md5("/".join(unit.names).encode("utf-8", "surrogateescape")).hexdigest()[:12]
@@ -286,6 +308,7 @@ class Units:
             with contextlib.suppress(OSError):
                 system.remove(path)
 
+    @_alone
     def _end_directories(self, directory: str | None = None) -> None:
         """The program has gone on, or has ended: the directories that it was writing are finished.
 
@@ -305,12 +328,14 @@ class Units:
             return
         self._timer = threading.Timer(IDLE, self._end_directories)
         self._timer.daemon = True
-        self._timer.start()
+        with contextlib.suppress(RuntimeError):  # The interpreter is ending, and does it itself.
+            self._timer.start()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
+    @_alone
     def at_exit(self) -> None:
         """The program ends: without an error, as far as can be seen, what it was writing is finished."""
         failed = getattr(sys, "last_exc", None) or getattr(sys, "last_type", None) or self.exit_status
