@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.faults import soak
 from tests.faults.test_crash import campaign, in_fork
 
 pytestmark = [
@@ -36,7 +38,7 @@ def test_a_leak_is_noticed(what: str) -> None:
         "kept = []",
         "with soak.scratch() as directory:",
         "    found = soak.Soak(directory)",
-        f"    found.life(150, None, lambda: {LEAKS[what]})",
+        f"    found.life(250, None, lambda: {LEAKS[what]})",
         "print(found.problems)",
     )
     assert f"{what} grew by" in printed
@@ -54,3 +56,20 @@ def test_a_policy_that_is_not_kept_is_noticed() -> None:
         "print(found.watcher.problems)",
     )
     assert "checkpoints at once" in printed
+
+
+@pytest.mark.parametrize(("steps", "noticed"), [([], False), ([90], False), ([60, 120], True), ([50, 100, 150], True)])
+def test_only_one_step_of_memory_is_forgiven(tmp_path: Path, steps: list[int], noticed: bool) -> None:
+    """Python's table of interned strings grows once, if at all."""
+    samples = [
+        {
+            "memory": (200 << 20) + (7 << 20) * sum(n >= step for step in steps),
+            "descriptors": 9,
+            "threads": 4,
+            "where": {},
+        }
+        for n in range(200)
+    ]
+    found = soak.Soak(tmp_path)
+    found._measure("life 1", samples)
+    assert bool(found.problems) == noticed
