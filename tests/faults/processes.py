@@ -84,6 +84,9 @@ class Ranks:
         for child, rank in self._alive.items():
             if not ranks or rank in ranks:
                 os.kill(child, number)
+                if number == signal.SIGSTOP:
+                    # What a system call was doing is done only then.
+                    os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOWAIT)
 
     @property
     def alive(self) -> list[int]:
