@@ -223,10 +223,8 @@ class Snapshot:
             for task in tasks:
                 try:
                     self._background.submit(task)
-                except (
-                    RuntimeError
-                ):  # No more threads, or the interpreter is ending: then it may be queued all the same.
-                    task()
+                except RuntimeError:
+                    task()  # No more threads, or the interpreter is ending; it may be queued all the same.
         except BaseException:  # A signal. The save does not suffer from it.
             for task in tasks:
                 task()
