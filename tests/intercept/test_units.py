@@ -490,3 +490,45 @@ def test_a_signal_whose_handler_saves_may_come_in_a_save(tmp_path: Path) -> None
         """,
     )
     assert code == 0 and "3 files saved" in output, output
+
+
+@posix
+def test_a_pair_that_another_rank_completed_is_complete_though_rank_0_was_killed_in_front_of_its_move(
+    tmp_path: Path,
+) -> None:
+    """Rank 0 has put G there and has written down D, which it did not come to move: there lies another rank's D."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, time, torch
+        import _lastgood_run.journal as journal, _lastgood_run.system as system
+        def pair(step):
+            for name in "GD":
+                torch.save({"iteration": step}, f"{name}_2333.pth")
+        pair(1)
+        replace = system.replace
+        def moved(source, target):
+            if not target.endswith("D_2333.pth"):
+                return replace(source, target)
+            *before, mine = journal.read(target)  # Written down a moment ago.
+            torch.serialization._legacy_save({"iteration": 2}, open("other", "wb"), __import__("pickle"), 2)
+            replace("other", target)
+            theirs = journal.Version(os.stat(target).st_size, -1, mine.time, 1, mine.round, mine.run)
+            theirs.inode = os.stat(target).st_ino
+            journal.write(target, [*before, theirs, mine])
+            os.kill(os.getpid(), 9)
+        system.replace = moved
+        pair(2)
+        """,
+        *GPT_SOVITS,
+    )
+    assert code == KILLED, output
+    code, output = start(
+        tmp_path,
+        """
+        import torch
+        print([torch.load(f"{name}_2333.pth")["iteration"] for name in "DG"])
+        """,
+        *GPT_SOVITS,
+    )
+    assert "[2, 2]" in output, output

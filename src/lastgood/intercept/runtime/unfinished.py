@@ -120,13 +120,18 @@ def _hide_away(directory: str, name: str, found: str, report: Report) -> None:
 
 
 def _is_placed(directory: str, name: str, began: float) -> bool:
-    """Whether a file was put in place after `began`. Its journal entry alone does not show it: it comes before."""
+    """Whether what has this name now was put in place after `began`.
+
+    The newest entry of its journal alone does not tell: it is written before, and its writer may have been killed in
+    between, when another rank had put its own file there.
+    """
     target = os.path.join(directory, name)
-    newest = journal.read(target)[-1:]
     try:
-        return bool(newest) and newest[0].time >= began and newest[0].inode == os.stat(target).st_ino
+        inode = os.stat(target).st_ino
     except FileNotFoundError:
         return False
+    entries = [version for version in journal.read(target) if version.inode == inode]
+    return bool(entries) and entries[-1].time >= began
 
 
 def has_family(directory: str, names: list[str]) -> bool:
