@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def uncollected() -> Iterator[None]:
     """Let no collection begin inside: what a save makes of thousands of tensors would set one off.
 
-    In a program with millions of objects that takes half a second. None of what a save makes is cyclic, and it is gone
-    when the next collection is due.
+    In a program with millions of objects that takes half a second. None of what a save makes is cyclic: it goes
+    without a collection when it is written.
     """
     if not gc.isenabled():
         yield
