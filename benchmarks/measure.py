@@ -134,7 +134,7 @@ def throughput(
     directory: Path,
     *,
     blocks: int,
-    steps: int = 20,
+    steps: int = 10,
     every: int = 10,
     seconds: float = 0.5,
 ) -> Throughput:

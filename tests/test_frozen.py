@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import catalog, commit, disk, shard, snapshot
+from lastgood import catalog, commit, direct_io, disk, shard, snapshot
 from lastgood.errors import SaveError
 from lastgood.retain import Keep
 from lastgood.shard import FROZEN
@@ -182,13 +182,13 @@ def test_to_read_one_tensor_back_does_not_read_its_neighbours(tmp_path: Path, mo
     chunks = sorted(((name, t.chunks[0]) for name, t in manifest.tensors.items()), key=lambda item: item[1].begin)
     record = manifest.shards[0]
     ranges: list[tuple[int, int]] = []
-    original = disk.read_into
+    fill = direct_io.Reader._fill
 
-    def read_into(file: Any, offset: int, view: memoryview) -> int:
-        ranges.append((offset, offset + len(view)))
-        return original(file, offset, view)
+    def watched(reader: direct_io.Reader, begin: int, ahead: int) -> None:
+        fill(reader, begin, ahead)
+        ranges.append((reader._start, reader._start + reader._filled))
 
-    monkeypatch.setattr(disk, "read_into", read_into)
+    monkeypatch.setattr(direct_io.Reader, "_fill", watched)
     first, second = chunks[1][1], chunks[2][1]
     shard.check_full(path / record.file, record, [chunks[2]])
     assert ranges == [(0, record.header_size), (second.begin, second.end)]

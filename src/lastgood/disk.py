@@ -8,7 +8,6 @@ the process. What differs between operating systems is decided here, once, at im
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import io
 import os
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
-from lastgood import disk_windows
+from lastgood import direct_io, disk_windows
 
 WINDOWS = os.name == "nt"
 _T = TypeVar("_T")
@@ -45,7 +44,7 @@ class Operation:
     """For replace and link: the name that exists."""
     data: memoryview | None = None
     """For write, append, overwrite: the bytes."""
-    file: _Raw | None = None
+    file: direct_io.Writer | None = None
     """For write: the open file, so that a test can write a part and die."""
 
 
@@ -60,7 +59,7 @@ def _observed(
     *,
     source: Path | None = None,
     data: memoryview | None = None,
-    file: _Raw | None = None,
+    file: direct_io.Writer | None = None,
 ) -> Iterator[None]:
     watch = observer
     if watch is None:
@@ -105,69 +104,8 @@ def _patiently(operation: Callable[[], _T], patience: float | None, passes: Call
         pause = min(pause * 2, 0.5)
 
 
-PAGE = 4096
-"""Bytes: what direct I/O wants memory, offsets and lengths to be multiples of, on every disk in use."""
 _WRITE_BYTES = 16 << 20
 # Large enough for a disk to reach its speed, small enough that a Ctrl-C gets through and the next part can be prepared.
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-class _Raw:
-    """An open file, past the page cache where that is possible: parts that are not aligned go the ordinary way."""
-
-    def __init__(self, path: Path, direct: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
-        self._direct = bool(direct and _O_DIRECT)
-        try:
-            self._descriptor = os.open(native(path), flags | (_O_DIRECT if self._direct else 0), 0o666)
-        except OSError as error:
-            if not self._direct or error.errno != errno.EINVAL:
-                raise
-            # Some file systems (tmpfs, some network ones) refuse the flag, after having made the file.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(native(path))
-            self._direct = False
-            self._descriptor = os.open(native(path), flags, 0o666)
-        self._at = 0
-        self.closed = False
-
-    def write(self, data: memoryview) -> int:
-        """One write; returns how many bytes were taken."""
-        if self._direct:
-            whole = len(data) - len(data) % PAGE
-            if whole and self._at % PAGE == 0 and _address(data) % PAGE == 0:
-                try:
-                    return self._took(os.write(self._descriptor, data[:whole]))
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-            self._end_direct()
-        return self._took(os.write(self._descriptor, data))
-
-    def _took(self, count: int) -> int:
-        self._at += count
-        return count
-
-    def _end_direct(self) -> None:
-        import fcntl
-
-        self._direct = False
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            os.close(self._descriptor)
-
-
-def _address(data: memoryview) -> int:
-    """Where the bytes lie in memory; 1, which is no multiple of anything, for memory that is read-only."""
-    return 1 if data.readonly else ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
 class NewFile(io.RawIOBase):
@@ -175,7 +113,7 @@ class NewFile(io.RawIOBase):
 
     Args:
         path: its name.
-        direct: write past the page cache where the file system takes that and the data are aligned to :data:`PAGE`:
+        direct: write past the page cache where the file system takes that and the data are aligned to pages:
             faster for large data, and the cache stays with those who need it.
 
     Raises FileExistsError when the name is taken. Leaving the context closes the file; it does not sync it.
@@ -185,7 +123,7 @@ class NewFile(io.RawIOBase):
         self.path = path
         with _observed("create", path):
             # Unbuffered: each write is one system call, and a failing one is reported by the call that made it.
-            self._file = _Raw(path, direct)
+            self._file = direct_io.Writer(native(path), direct)
         self.size = 0
 
     def writable(self) -> bool:
@@ -210,7 +148,7 @@ class NewFile(io.RawIOBase):
             _sync_descriptor(self._file.fileno())
 
     def close(self) -> None:
-        file: _Raw | None = getattr(self, "_file", None)  # Absent where the name was taken.
+        file: direct_io.Writer | None = getattr(self, "_file", None)  # Absent where the name was taken.
         if file is not None:
             file.close()
         super().close()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lastgood.disk import PAGE
+from lastgood.direct_io import PAGE
 from lastgood.manifest import DTYPE_BYTES, checksum
 from lastgood.placement import LocalTensor, Placement
 from lastgood.shard import Piece

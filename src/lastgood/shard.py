@@ -16,8 +16,8 @@ from typing import Protocol
 
 import xxhash
 
-from lastgood import disk
-from lastgood.disk import PAGE
+from lastgood import direct_io, disk
+from lastgood.direct_io import PAGE
 from lastgood.errors import DamagedError
 from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum, compact
 
@@ -223,11 +223,9 @@ def damage(
     """
     check_size(path, record)
     found = []
-    block = memoryview(bytearray(min(_BLOCK, record.size)))
-    start = filled = 0  # Which bytes of the file are in the block.
     try:
         with disk.open_read(path) as file:
-            disk.drop_cache(file)
+            reader = direct_io.Reader(file, min(_BLOCK, record.size))
             parts = [("the header", 0, record.header_size, record.header_checksum)]
             parts += [(f"tensor {name!r}", chunk.begin, chunk.end, chunk.checksum) for name, chunk in chunks]
             parts.sort(key=lambda part: part[1])
@@ -236,9 +234,7 @@ def damage(
                 state = xxhash.xxh3_128()
                 at = begin
                 while at < end:
-                    if not start <= at < start + filled:
-                        start, filled = at, disk.read_into(file, at, block[: min(_BLOCK, ends[begin] - at)])
-                    part = block[at - start : min(end - start, filled)]
+                    part = reader.read(at, end, ends[begin])
                     if not part:
                         raise DamagedError(f"{path} ends in the middle of {what}")
                     state.update(part)

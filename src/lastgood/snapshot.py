@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from lastgood.disk import PAGE
+from lastgood.direct_io import PAGE
 from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
 from lastgood.manifest import checksum

@@ -1,0 +1,145 @@
+"""Writing and reading past the page cache, where the system and the file system can: a part of :mod:`lastgood.disk`.
+
+The bytes then go between the disk and our memory without a copy in between, and the cache stays with those who need
+it. What is not aligned, or refused, goes the ordinary way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from typing import BinaryIO
+
+PAGE = 4096
+"""Bytes: what direct I/O wants memory, offsets and lengths to be multiples of, on every disk in use."""
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+_HUGE_PAGE = 2 << 20
+# Bytes, on x86-64; on others it is a number like any.
+
+
+class Writer:
+    """A new file, open for writing. Raises FileExistsError when the name is taken."""
+
+    def __init__(self, path: str, direct: bool) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
+        self._direct = bool(direct and O_DIRECT)
+        try:
+            self._descriptor = os.open(path, flags | (O_DIRECT if self._direct else 0), 0o666)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            # Some file systems (tmpfs, some network ones) refuse the flag, after having made the file.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            self._direct = False
+            self._descriptor = os.open(path, flags, 0o666)
+        self._at = 0
+        self.closed = False
+
+    def write(self, data: memoryview) -> int:
+        """One write; returns how many bytes were taken."""
+        if self._direct:
+            whole = len(data) - len(data) % PAGE
+            if whole and self._at % PAGE == 0 and _address(data) % PAGE == 0:
+                try:
+                    return self._took(os.write(self._descriptor, data[:whole]))
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+            self._direct = False
+            _set_direct(self._descriptor, False)
+        return self._took(os.write(self._descriptor, data))
+
+    def _took(self, count: int) -> int:
+        self._at += count
+        return count
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._descriptor)
+
+
+class Reader:
+    """Reads a file in blocks into memory of its own: what lies on the disk, not what the system has cached of it.
+
+    Args:
+        file: synced, open for unbuffered reading, and no longer read in any other way.
+        block: bytes to read at a time, at most.
+    """
+
+    def __init__(self, file: BinaryIO, block: int) -> None:
+        self._file = file
+        self._block = _memory(max(PAGE, -(-block // PAGE) * PAGE))
+        self._start = self._filled = 0
+        """Which bytes of the file are in the block."""
+        self._direct = bool(O_DIRECT)
+        if self._direct:
+            try:
+                _set_direct(file.fileno(), True)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                self._direct = False
+        if not self._direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read(self, begin: int, end: int, ahead: int) -> memoryview:
+        """The bytes from `begin` on, up to `end` or less; none where the file ends. Good until the next call.
+
+        Args:
+            ahead: up to here more will be wanted.
+        """
+        if not self._start <= begin < self._start + self._filled:
+            self._fill(begin, ahead)
+        return self._block[max(0, begin - self._start) : max(0, min(end - self._start, self._filled))]
+
+    def _fill(self, begin: int, ahead: int) -> None:
+        if self._direct:
+            start = begin - begin % PAGE
+            size = min(len(self._block), -(-(ahead - start) // PAGE) * PAGE)
+            try:
+                self._filled = os.preadv(self._file.fileno(), [self._block[:size]], start)
+                self._start = start
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            self._direct = False
+            _set_direct(self._file.fileno(), False)
+        self._file.seek(begin)
+        self._start, self._filled = begin, self._file.readinto(self._block[: ahead - begin])  # type: ignore[attr-defined]
+
+
+def _memory(size: int) -> memoryview:
+    """Memory that begins at a page, in large pages where it is worth it: the system then has fewer of them to look up.
+
+    Reading 600 MiB takes the system 5 instead of 33 ms of computing.
+    """
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, size))
+    whole = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # A system without large pages.
+        whole.madvise(mmap.MADV_HUGEPAGE)
+    block = memoryview(whole)
+    start = -_address(block) % _HUGE_PAGE
+    return block[start : start + size]
+
+
+def _set_direct(descriptor: int, direct: bool) -> None:
+    import fcntl
+
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | O_DIRECT if direct else flags & ~O_DIRECT)
+
+
+def _address(data: memoryview) -> int:
+    """Where the bytes lie in memory; 1, which is no multiple of anything, for memory that is read-only."""
+    return 1 if data.readonly else ctypes.addressof(ctypes.c_char.from_buffer(data))
