@@ -82,9 +82,8 @@ CAMPAIGNS: dict[str, Campaign] = {
         suffix="-2",
         ranks=2,
         quick=61,
-        full=7,
         run=("--preset", "gpt-sovits"),
-        torn={"quick": 31, "full": 5, "across": True},
+        torn={"quick": 31, "across": True},
     ),
     **_both("Hugging Face Trainer", program="hf.py", quick=29, preload=HUGGING_FACE),
     **_both(
@@ -103,8 +102,8 @@ CAMPAIGNS: dict[str, Campaign] = {
         quick=121,
         ranks=2,
         preload=HUGGING_FACE,
-        full=7,
-        torn={"quick": 61, "full": 5},
+        full=3,
+        torn={"quick": 61, "full": 3},
     ),
     **_both('Lightning, ckpt_path="last"', program="lightning_last.py", quick=11, preload=LIGHTNING),
 }
