@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,9 @@ def described(state: State) -> Any:
         (name, t.tensor.data_ptr(), t.tensor.shape, t.tensor.dtype, t.tensor.stride(), t.placement, t.shape, t.offsets)
         for name, t in state.tensors.items()
     ]
+    for name, part in state.tensors.items():
+        source = state.sources[state.index[name]]
+        assert (source.data_ptr(), source.shape) == (part.tensor.data_ptr(), part.tensor.shape), name
     return tensors, state.objects, state.kinds
 
 
@@ -151,8 +155,112 @@ def hook(objects: dict[str, Any]) -> None:
     )
 
 
+def hook_before(objects: dict[str, Any]) -> None:
+    late = torch.ones(2)
+    objects["net"].first.register_state_dict_pre_hook(
+        lambda module, prefix, keep_vars: module.register_buffer("late", late)
+    )
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"more": 5}
+
+
+class Renaming(nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix + "inner.", keep_vars)
+
+
+class Slim(nn.Linear):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        del state[kwargs["prefix"] + "bias"]
+        return state
+
+
+def extra_state(objects: dict[str, Any]) -> None:
+    objects["net"].first.__class__ = Extra
+
+
+def other_names(objects: dict[str, Any]) -> None:
+    objects["net"].first.__class__ = Renaming
+
+
+def other_state_dict(objects: dict[str, Any]) -> None:
+    objects["net"].first.__class__ = Slim
+
+
+def one_with_a_state_dict_of_its_own(objects: dict[str, Any]) -> None:
+    net = objects["net"]
+    net.state_dict = lambda: {"average": net.average}
+
+
+def not_persistent(objects: dict[str, Any]) -> None:
+    objects["net"]._non_persistent_buffers_set.add("average")
+
+
+def no_bias(objects: dict[str, Any]) -> None:
+    objects["net"].second.bias = None
+
+
+def no_module(objects: dict[str, Any]) -> None:
+    objects["net"].second = None
+
+
+def other_order(objects: dict[str, Any]) -> None:
+    modules = objects["net"]._modules
+    modules["first"] = modules.pop("first")
+
+
+def other_name(objects: dict[str, Any]) -> None:
+    modules = objects["net"]._modules
+    modules["third"] = modules.pop("norm")
+
+
+def one_module_twice(objects: dict[str, Any]) -> None:
+    objects["net"].second = objects["net"].first
+
+
+def module_moves_in(objects: dict[str, Any]) -> None:
+    objects["net"].first.add_module("norm", objects["net"].norm)
+    del objects["net"].norm
+
+
+def parameter_becomes_a_buffer(objects: dict[str, Any]) -> None:
+    linear = objects["net"].first
+    weight = linear.weight
+    del linear.weight
+    linear.register_buffer("weight", weight.detach())
+
+
+def optimizer_hook(objects: dict[str, Any]) -> None:
+    objects["optimizer"].register_state_dict_post_hook(lambda optimizer, state: state["state"].pop(0) and None)
+
+
+class Counting(torch.optim.AdamW):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": 3}
+
+
+def optimizer_with_more(objects: dict[str, Any]) -> None:
+    objects["optimizer"].__class__ = Counting
+
+
+def state_of_the_optimizer_itself(objects: dict[str, Any]) -> None:
+    objects["optimizer"].state["all"] = {"seen": 4}
+
+
+def other_groups(objects: dict[str, Any]) -> None:
+    groups = objects["optimizer"].param_groups
+    groups.append({**groups[0], "params": [groups[0]["params"].pop()]})
+
+
 CHANGES = [tie, tie_by_data, transpose, convert, reshape, swap, replace_buffer, add_module, remove_state]
 CHANGES += [change_state_type, reorder_groups, tensor_rate, empty, hook]
+CHANGES += [hook_before, extra_state, other_names, other_state_dict, one_with_a_state_dict_of_its_own, not_persistent]
+CHANGES += [no_bias, no_module, other_order, other_name, one_module_twice, module_moves_in, parameter_becomes_a_buffer]
+CHANGES += [optimizer_hook, optimizer_with_more, state_of_the_optimizer_itself, other_groups]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -242,3 +350,81 @@ def test_hooks_of_a_module_get_what_state_dict_gives_them(tmp_path: Path) -> Non
         ckpt.save(1, blocking=True)
         ckpt.save(2, blocking=True)
     assert seen
+
+
+def test_what_else_an_optimizer_gives_is_saved() -> None:
+    objects = job()
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    state_of_the_optimizer_itself(objects)
+    assert flattener.flatten().objects["optimizer"]["shared"] == {"all": {"seen": 4}}
+    objects = job()
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    optimizer_with_more(objects)
+    assert flattener.flatten().objects["optimizer"]["extra"] == {"count": 3}
+
+
+class Slots(nn.Module):
+    """With places of which some are empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("a", nn.Linear(2, 2))
+        self.register_module("b", None)
+        self.register_buffer("c", torch.zeros(2))
+        self.register_buffer("d", None)
+        self.register_buffer("e", torch.zeros(2))
+        self.register_buffer("f", torch.zeros(2), persistent=False)
+
+
+def swap_modules(slots: Any) -> None:
+    slots.a, slots.b = None, slots.a
+
+
+def swap_buffers(slots: Any) -> None:
+    slots.c, slots.d = None, slots.c
+
+
+def swap_persistence(slots: Any) -> None:
+    slots._non_persistent_buffers_set.remove("f")
+    slots._non_persistent_buffers_set.add("e")
+
+
+@pytest.mark.parametrize("change", [swap_modules, swap_buffers, swap_persistence], ids=lambda change: change.__name__)
+def test_an_empty_place_and_a_full_one_change_places(change: Callable[[Any], None]) -> None:
+    slots = Slots()
+    flattener = Flattener({"slots": slots}, world_size=1)
+    flattener.flatten()
+    assert recalls(flattener)
+    change(slots)
+    assert list(flattener.flatten().objects["slots"]["state"]) == list(slots.state_dict())
+
+
+def test_a_plain_module_and_optimizer_are_not_asked_for_their_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be made only to be looked at."""
+    objects = job()
+    flattener = Flattener(objects, world_size=1)
+    flattener.flatten()
+    asked: list[str] = []
+    # As a profiler sees them: the methods are the same.
+    sys.setprofile(lambda frame, event, arg: asked.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        flattener.flatten()
+    finally:
+        sys.setprofile(None)
+    assert "look" in asked
+    assert "state_dict" not in asked
+
+
+def test_a_scripted_module_is_saved(tmp_path: Path) -> None:
+    net = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
+    wanted = [parameter.detach().clone() for parameter in net.parameters()]
+    with Checkpointer(tmp_path / "run", net=net) as ckpt:
+        ckpt.save(1, blocking=True)
+        ckpt.save(2, blocking=True)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+        ckpt.restore()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), wanted, strict=True))

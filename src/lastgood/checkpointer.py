@@ -361,7 +361,7 @@ class Checkpointer:
                 program=self._program,
                 versions=self._versions,
                 parent=self._saver.parent,
-                tensors=state.tensors,
+                state=state,
                 layout=self._snapshot.layout,
                 buffer=self._snapshot,
                 deadline=self.deadline,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lastgood import disk
 from lastgood.errors import LastGoodError
@@ -19,6 +19,14 @@ from lastgood.values import Json
 
 if TYPE_CHECKING:
     from lastgood.snapshot import Snapshot
+
+
+class Described(Protocol):
+    """A state, as far as it is not in the buffer."""
+
+    @property
+    def tensors(self) -> dict[str, LocalTensor]:
+        """By name."""
 
 
 @dataclass(slots=True)
@@ -35,12 +43,16 @@ class Request:
     program: dict[str, Json]
     versions: dict[str, str]
     parent: str | None
-    tensors: dict[str, LocalTensor]
-    """Only their names, placements and shapes are read: the values have gone on."""
+    state: Described
+    """Of its tensors only names, placements and shapes are read: the values have gone on."""
     layout: Layout
     buffer: Snapshot
     deadline: float
     """Seconds."""
+
+    @property
+    def tensors(self) -> dict[str, LocalTensor]:
+        return self.state.tensors
 
 
 @dataclass(frozen=True, slots=True)

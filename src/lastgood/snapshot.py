@@ -14,7 +14,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -36,6 +37,11 @@ _THREADS = 2
 # To compare what is frozen, which one core does more slowly than the memory gives it.
 _PLANS = 16
 # Layouts that are remembered.
+_NBYTES = attrgetter("nbytes")
+_move_bytes = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+# To, from, bytes. It keeps the GIL: thousands of small ones would wait thousands of times to get it back.
 
 
 @dataclass(slots=True)
@@ -69,17 +75,45 @@ class _Once:
 
 
 @dataclass(slots=True)
+class _Part:
+    """A piece, and where it comes from and goes to."""
+
+    piece: Piece
+    target: torch.Tensor
+    """Its place in the buffer."""
+    source: int = -1
+    """The place of its tensor among the sources of the state."""
+
+
+@dataclass(slots=True)
 class _Plan:
     """How the buffer is filled, as long as the structure of the state is the same."""
 
     layout: Layout
-    parts: list[tuple[Piece, torch.Tensor, int]]
-    """Every piece, with its place in the buffer and its bytes."""
-    small: list[str]
-    """Small whole tensors in host memory: names, and below their places. Many, so that they are copied in one call."""
-    targets: list[torch.Tensor]
-    others: list[tuple[Piece, torch.Tensor, int]]
-    """The parts that are not among the small ones."""
+    parts: list[_Part]
+    small: list[_Part]
+    """Small whole tensors in host memory. Many, so that they are copied in one call."""
+    large: list[_Part]
+    """Those in host memory that are worth copying in the background."""
+    others: list[_Part]
+    """What is on a GPU, or does not lie in memory as it is saved."""
+    addresses: list[int]
+    """Of the places of the small ones."""
+    sizes: list[int]
+    """Bytes of the small ones."""
+    token: object = None
+    """Of the state that the places of the sources are of."""
+    sources: list[int] = field(default_factory=list)
+    """Those of the small ones."""
+
+    def find(self, state: State) -> None:
+        """Look up the places of the sources."""
+        if state.token is None or state.token is not self.token:
+            index = state.index
+            for part in self.parts:
+                part.source = index[part.piece.name]
+            self.sources = [part.source for part in self.small]
+            self.token = state.token
 
 
 class Snapshot:
@@ -93,7 +127,7 @@ class Snapshot:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._plans: dict[object, _Plan] = {}
-        self._plan = _Plan(Layout(rank, [], [], [], {}, 0, ()), [], [], [], [])
+        self._plan = _Plan(Layout(rank, [], [], [], {}, 0, ()), [], [], [], [], [], [])
         self._key: object = None
         """The structure of the state for which there are plans, and the token of such a state."""
         self._token: object = None
@@ -155,44 +189,58 @@ class Snapshot:
         self._events = []
         self._prepare(state, writers, still)
         self._failure = None
-        plan, tensors = self._plan, state.tensors
+        plan, sources = self._plan, state.sources
+        plan.find(state)
         before = self._kept if self.overlap else {}
         # What lies in the memory of a GPU is copied anew: there, nobody compares.
         self._kept = {
-            piece.name: before[piece.name]
-            for piece in self.layout.frozen
-            if piece.name in unchanged
-            and before.get(piece.name, (-1,))[0] == piece.at
-            and tensors[piece.name].tensor.is_cpu
+            part.piece.name: before[part.piece.name]
+            for part in plan.large
+            if part.piece.name in unchanged and before.get(part.piece.name, (-1,))[0] == part.piece.at
         }
         late: list[_Late] = []
         with torch.no_grad():
             queue: list[tuple[torch.Tensor, torch.Tensor]] = []
             queued: list[tuple[str, torch.Tensor, int]] = []
-            targets, sources = [*plan.targets], [tensors[name].tensor for name in plan.small]
-            for piece, target, size in plan.others:
-                source = _source(tensors[piece.name], piece)
-                if source.is_cuda:
-                    queue.append((target, source))
-                    if self.overlap and source.untyped_storage().data_ptr() in steady:
-                        queued.append((piece.name, source, source._version))
-                elif not source.is_cpu:
-                    target.copy_(source)
-                elif size >= OVERLAP_BYTES and self.overlap and is_plain(source):
-                    storage = source.untyped_storage()
-                    if storage.data_ptr() in steady or piece.name in unchanged:
+            targets: list[torch.Tensor] = []
+            rest: list[torch.Tensor] = []
+            small = [sources[number] for number in plan.sources]
+            plain = all(map(torch.Tensor.is_contiguous, small)) and not any(map(torch.Tensor.is_neg, small))
+            if plain and list(map(_NBYTES, small)) == plan.sizes:
+                deque(map(_move_bytes, plan.addresses, map(torch.Tensor.data_ptr, small), plan.sizes), maxlen=0)
+            else:
+                targets += [part.target for part in plan.small]
+                rest += small
+            large = [_source(sources[part.source], part.piece) for part in plan.large]
+            if self.overlap:
+                storages = list(map(torch.Tensor.untyped_storage, large))
+                for part, source, storage in zip(plan.large, large, storages, strict=True):
+                    piece = part.piece
+                    known = storage.data_ptr() in steady or piece.name in unchanged
+                    if known and is_plain(source) and source.nbytes == piece.size:
                         kept = self._kept[piece.name][1] if piece.name in self._kept else None
                         address = source.data_ptr()
-                        words = sample(address, size)
+                        words = sample(address, piece.size)
                         late.append(_Late(piece, source, storage, address, source._version, words, kept))
-                        continue
-                    targets.append(target)
-                    sources.append(source)
+                    else:
+                        targets.append(part.target)
+                        rest.append(source)
+            else:
+                targets += [part.target for part in plan.large]
+                rest += large
+            for part in plan.others:
+                source = _source(sources[part.source], part.piece)
+                if source.is_cuda:
+                    queue.append((part.target, source))
+                    if self.overlap and source.untyped_storage().data_ptr() in steady:
+                        queued.append((part.piece.name, source, source._version))
+                elif source.is_cpu:
+                    targets.append(part.target)
+                    rest.append(source)
                 else:
-                    targets.append(target)
-                    sources.append(source)
+                    part.target.copy_(source)
             if targets:
-                torch._foreach_copy_(targets, sources)  # One call for all: many small ones cost more than the bytes do.
+                torch._foreach_copy_(targets, rest)  # One call for all: many small ones cost more than the bytes do.
             if queue:
                 self._queue(queue, steady)
                 self._queued = queued
@@ -303,10 +351,10 @@ class Snapshot:
         if _structure(state.tensors) != self._key:
             return False
         with torch.no_grad():
-            for piece, target, _ in self._plan.parts:
-                present = torch.empty(target.shape, dtype=target.dtype)
-                present.copy_(_source(state.tensors[piece.name], piece))
-                if not torch.equal(present.reshape(-1).view(torch.uint8), target.reshape(-1).view(torch.uint8)):
+            for part in self._plan.parts:
+                present = torch.empty(part.target.shape, dtype=part.target.dtype)
+                present.copy_(_source(state.tensors[part.piece.name].tensor, part.piece))
+                if not torch.equal(present.reshape(-1).view(torch.uint8), part.target.reshape(-1).view(torch.uint8)):
                     return False
         return True
 
@@ -422,15 +470,15 @@ class Snapshot:
             self._events.append((device, event))
 
     def _prepare(self, state: State, writers: Sequence[int], still: frozenset[str]) -> None:
-        tensors = state.tensors
         if state.token is None or state.token is not self._token:
-            structure = _structure(tensors)
+            structure = _structure(state.tensors)
             if structure != self._key:
                 self._plans.clear()
                 self._key = structure
             self._token = state.token
         key = tuple(writers), still
         if key not in self._plans:
+            tensors = state.tensors
             layout = lay_out(tensors, self._rank, writers, still)
             if layout.size > self.size - PAGE or self.size > 2 * layout.size + (1 << 20):
                 # The old buffer goes first: two at once would be twice the memory that is promised.
@@ -448,20 +496,25 @@ class Snapshot:
         self._set_view(self._plan.layout)
 
     def _make_plan(self, layout: Layout, tensors: Mapping[str, LocalTensor]) -> _Plan:
-        plan = _Plan(layout, [(piece, self._target(piece), piece.size) for piece in layout.pieces()], [], [], [])
-        for piece, target, size in plan.parts:
-            source = tensors[piece.name].tensor
-            if size < OVERLAP_BYTES and source.is_cpu and source.shape == piece.shape:
-                plan.small.append(piece.name)
-                plan.targets.append(target)
+        parts = [_Part(piece, self._target(piece)) for piece in layout.pieces()]
+        small: list[_Part] = []
+        large: list[_Part] = []
+        others: list[_Part] = []
+        for part in parts:
+            source = tensors[part.piece.name].tensor
+            if source.is_cpu and part.piece.size >= OVERLAP_BYTES:
+                large.append(part)
+            elif source.is_cpu and source.shape == part.piece.shape and source.is_contiguous():
+                (others if source.is_complex() else small).append(part)
             else:
-                plan.others.append((piece, target, size))
-        return plan
+                others.append(part)
+        addresses = [part.target.data_ptr() for part in small]
+        return _Plan(layout, parts, small, large, others, addresses, [part.piece.size for part in small])
 
     def _forget_plans(self) -> None:
         """They hold the memory of the buffer."""
         self._plans.clear()
-        self._plan = _Plan(Layout(self._rank, [], [], [], {}, 0, ()), [], [], [], [])
+        self._plan = _Plan(Layout(self._rank, [], [], [], {}, 0, ()), [], [], [], [], [], [])
         self.layout = self._plan.layout
 
     def _set_view(self, layout: Layout) -> None:
@@ -494,8 +547,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _source(tensor: LocalTensor, piece: Piece) -> torch.Tensor:
-    part = tensor.tensor
+def _source(part: torch.Tensor, piece: Piece) -> torch.Tensor:
     if part.shape == piece.shape:
         return part
     # A share of a replicated tensor: rows of it.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,19 +20,53 @@ from lastgood import values
 from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
 from lastgood.placement import LocalTensor, Placement
-from lastgood.recall import Given, Memory, learn, look
+from lastgood.recall import Given, Memory, Sight, learn, look
 from lastgood.values import Json
 
 
-@dataclass(slots=True)
 class State:
-    """The flattened state of one rank."""
+    """The flattened state of one rank.
 
-    tensors: dict[str, LocalTensor]
-    objects: dict[str, Json]
-    kinds: dict[str, str]
-    token: object = None
-    """The same object as that of another state, if both hold the same tensors but for their values. None: not known."""
+    Args:
+        tensors: by name. None where `sight` shows them, and `token` says what they are called: they are described only
+            when somebody asks for :attr:`tensors`, which a save does in the background.
+        objects: for each registered object its tree.
+        kinds: what each of them is.
+        token: the same object as that of another state, if both hold the same tensors but for their values. None: not
+            known.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, LocalTensor] | None,
+        objects: dict[str, Json],
+        kinds: dict[str, str],
+        token: Memory | None = None,
+        sight: Sight | None = None,
+    ) -> None:
+        self.objects, self.kinds, self.token = objects, kinds, token
+        self._tensors, self._sight = tensors, sight
+
+    @property
+    def tensors(self) -> dict[str, LocalTensor]:
+        if self._tensors is None:
+            assert self.token is not None and self._sight is not None
+            self._tensors = self.token.tensors(self._sight)
+        return self._tensors
+
+    @property
+    def sources(self) -> list[torch.Tensor]:
+        """What this rank holds of every tensor, at the places that :attr:`index` says."""
+        if self._sight is not None:
+            return self._sight.tensors
+        return [part.tensor for part in self.tensors.values()]
+
+    @property
+    def index(self) -> dict[str, int]:
+        """By name, the place of a tensor in :attr:`sources`. The same for the same token."""
+        if self._sight is not None and self.token is not None:
+            return self.token.index
+        return {name: number for number, name in enumerate(self.tensors)}
 
 
 def kind_of(value: Any) -> str:
@@ -62,8 +95,11 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def compiled_inner(module: nn.Module) -> nn.Module | None:
     """The module that ``torch.compile`` has wrapped, if `module` is such a wrapper."""
-    # Not getattr: a wrapper of the user's may pass on the attributes of what it wraps.
-    return module._modules.get("_orig_mod")
+    # Not getattr: a wrapper of the user's may pass on the attributes of what it wraps. Nor get, which a scripted
+    # module's does not have.
+    if "_orig_mod" not in module._modules:
+        return None
+    return module._modules["_orig_mod"]
 
 
 def refuse_unsupported(name: str, value: Any) -> None:
@@ -175,10 +211,12 @@ class Flattener:
         self._tensors: dict[str, LocalTensor] = {}
         self._seen: dict[int, list[str]] = {}
         """By address, the tensors that begin there."""
+        self._recalled: tuple[Memory, Sight] | None = None
+        """What is recalled, as long as nobody asked for more of it than the names."""
 
     def flatten(self, *, gradients: bool = False) -> State:
         """The state of this moment. Values are copied into the tree; tensors are referred to, not copied."""
-        self._tensors, self._seen = {}, {}
+        self._tensors, self._seen, self._recalled = {}, {}, None
         kinds = {name: kind_of(value) for name, value in self._objects.items() if not self._left_out(name)}
         given: list[Given] = []
         for name, kind in kinds.items():
@@ -186,26 +224,31 @@ class Flattener:
                 with _told(name):
                     if self._memory is None or name not in self._memory.trees:
                         refuse_unsupported(name, self._objects[name])
-                    given.append(_give(name, self._objects[name]))
+                    value = self._objects[name]
+                    given.append(Given(name, unwrap(value) if isinstance(value, nn.Module) else value))
         # First the bulk: its order does not depend on whether it is worked out anew.
         parts, labels, again = self._bulk(given)
-        count = len(self._tensors)
+        count = len(again[0].kept) if again is not None else 0
         trees: dict[str, Json] = {}
         for name, kind in kinds.items():
             with _told(name):
                 trees[name] = self._rest(name, kind, parts.get(name), labels.get(name, []), gradients)
-        state = State(self._tensors, trees, kinds, again if len(self._tensors) == count else None)
-        self._tensors, self._seen = {}, {}  # Nothing is kept alive from save to save.
+        tensors = self._tensors if self._recalled is None else None
+        if again is not None and (tensors is None or len(tensors) == count):
+            state = State(tensors, trees, kinds, *again)
+        else:
+            state = State(self._tensors, trees, kinds)
+        self._tensors, self._seen, self._recalled = {}, {}, None  # Nothing is kept alive from save to save.
         return state
 
     def _bulk(
         self, given: Sequence[Given]
-    ) -> tuple[dict[str, tuple[Given, dict[str, Json]]], dict[str, list[str]], Memory | None]:
+    ) -> tuple[dict[str, tuple[Given, dict[str, Json]]], dict[str, list[str]], tuple[Memory, Sight] | None]:
         """The tensors of modules, and those that optimizers keep for each parameter.
 
         Returns:
             By object, the tree of its state, and for optimizers what else they gave; by optimizer, the names of its
-            parameters; and what it was recalled from, or can be from now on.
+            parameters; and what it was recalled from, or can be from now on, with what was seen.
         """
         wrappers = self._wrappers()
         sight = None
@@ -213,8 +256,8 @@ class Flattener:
             sight = look(given, [(id(module), everywhere, sorted(ignored)) for module, everywhere, ignored in wrappers])
         memory = self._memory
         if sight is not None and memory is not None and memory.fits(sight):
-            self._tensors, self._seen = memory.tensors(sight), dict(memory.seen)
-            return {one.name: (one, memory.tree(one)) for one in given}, memory.labels, memory
+            self._recalled = memory, sight
+            return {one.name: (one, memory.tree(one)) for one in given}, memory.labels, self._recalled
         names = parameter_names(self._objects)
         placements = _placements(wrappers)
         trees: dict[str, dict[str, Json]] = {}
@@ -227,7 +270,8 @@ class Flattener:
                     labels[one.name] = optimizer_names(one.name, one.owner, names)
                     trees[one.name] = self._optimizer(one, labels[one.name], placements)
         self._memory = learn(sight, given, trees, labels, self._seen, self._tensors) if sight is not None else None
-        return {one.name: (one, trees[one.name]) for one in given}, labels, self._memory
+        again = (self._memory, sight) if self._memory is not None and sight is not None else None
+        return {one.name: (one, trees[one.name]) for one in given}, labels, again
 
     def _rest(self, name: str, kind: str, part: Any, labels: Sequence[str], gradients: bool) -> Json:
         """The tree of an object, where `part` is what was made of the bulk of it."""
@@ -287,6 +331,10 @@ class Flattener:
 
     def _add(self, path: str, tensor: torch.Tensor, placement: Placement | None) -> str:
         """Take a tensor into the state; returns the name under which it is saved, an earlier one where it is tied."""
+        if self._recalled is not None:
+            # It may be one of those that are recalled.
+            memory, sight = self._recalled
+            self._tensors, self._seen, self._recalled = memory.tensors(sight), dict(memory.seen), None
         part = local_part(tensor, path)
         local = part.tensor
         address = local.data_ptr()  # 0 for an empty tensor, which shares nothing.
@@ -365,18 +413,12 @@ class Flattener:
 
     def _options(self, given: Given, labels: Sequence[str]) -> dict[str, Json]:
         """What an optimizer holds beside the state of its parameters."""
-        name, state = given.name, given.state
-        tree: dict[str, Json] = {"groups": []}
-        # Some optimizers keep state of their own beside that of the parameters, under keys of any kind.
-        shared = {
-            index: held for index, held in state["state"].items() if type(index) is not int or index >= len(labels)
-        }
-        tree["shared"] = self._tree(shared, f"{name}.state")
-        for number, group in enumerate(state["param_groups"]):
-            options = {key: option for key, option in group.items() if key != "params"}
+        name = given.name
+        shared, groups, extra = given.beside(len(labels))
+        tree: dict[str, Json] = {"groups": [], "shared": self._tree(shared, f"{name}.state")}
+        for number, (options, indices) in enumerate(groups):
             encoded = self._tree(options, f"{name}.groups[{number}]", Placement.ROOT)
-            tree["groups"].append({"options": encoded, "params": [labels[index] for index in group["params"]]})
-        extra = {key: item for key, item in state.items() if key not in ("state", "param_groups")}
+            tree["groups"].append({"options": encoded, "params": [labels[index] for index in indices]})
         tree["extra"] = self._tree(extra, f"{name}.extra")
         return tree
 
@@ -393,13 +435,6 @@ def _told(name: str) -> Iterator[None]:
         raise LastGoodError(
             f"{name}: its state could not be taken ({type(error).__name__}: {error}). Nothing was written."
         ) from error
-
-
-def _give(name: str, value: Any) -> Given:
-    if not isinstance(value, nn.Module):
-        return Given(name, value, value.state_dict())
-    module = unwrap(value)
-    return Given(name, module, module.state_dict())
 
 
 def _placements(

@@ -97,6 +97,9 @@ def _captures() -> bool:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    # Where the storage begins, without an object made for each.
     return {
-        t.untyped_storage().data_ptr() for t in tensors if t.nbytes >= OVERLAP_BYTES and type(t).__name__ != "DTensor"
+        t.data_ptr() - int(t.storage_offset()) * t.element_size()
+        for t in tensors
+        if t.nbytes >= OVERLAP_BYTES and type(t).__name__ != "DTensor"
     }

@@ -45,8 +45,9 @@ class Still:
                 for name, part in state.tensors.items()
                 if part.tensor.nbytes >= FROZEN_BYTES and part.placement not in (Placement.SHARDED, Placement.LOCAL)
             ]
+        sources, index = state.sources, state.index
         for name in self._large:
-            tensor = state.tensors[name].tensor
+            tensor = sources[index[name]]
             if tensor.untyped_storage().data_ptr() in held or not is_plain(tensor):
                 continue
             sign = (

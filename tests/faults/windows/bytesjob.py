@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -140,7 +141,7 @@ def request(step: int, rank: int, saver: Saver) -> Request:
         program={},
         versions={},
         parent=saver.parent,
-        tensors={},
+        state=cast(Any, SimpleNamespace(tensors={})),
         layout=lay_out(rank, saver.writers),
         buffer=cast(Any, Bytes(content(step))),
         deadline=SECONDS,
