@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lastgood import plan
+from lastgood.dtypes import DTYPE_NAMES
 from lastgood.placement import LocalTensor, Placement
 from lastgood.plan import Box, lay_out, share_out, structure
 
@@ -23,7 +24,7 @@ SHAPES = st.one_of(
 
 def local(shape: list[int], dtype: torch.dtype, placement: Placement, writes: bool = True) -> LocalTensor:
     tensor = torch.empty(shape, dtype=dtype, device="meta")
-    return LocalTensor(tensor, placement, tuple(shape), (0,) * len(shape), tensor, writes)
+    return LocalTensor(tensor, placement, tuple(shape), (0,) * len(shape), tensor, DTYPE_NAMES[dtype], writes)
 
 
 TENSORS = st.lists(

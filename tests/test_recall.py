@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lastgood import Checkpointer
+from lastgood import Checkpointer, plan
 from lastgood.state import Flattener, State
 
 
@@ -415,6 +415,22 @@ def test_a_plain_module_and_optimizer_are_not_asked_for_their_state_dict(monkeyp
         sys.setprofile(None)
     assert "look" in asked
     assert "state_dict" not in asked
+
+
+def test_a_model_that_changes_its_type_after_the_save_was_saved_as_it_was() -> None:
+    """The ranks compare what they have in the background, when training may have gone on."""
+    objects = job()
+    flattener = Flattener(objects, world_size=2, replicated=["net.*"])
+    flattener.flatten()
+    assert recalls(flattener)
+    for part in ({}, {"ema": objects.pop("ema")}):
+        objects |= part
+        flattener.flatten()
+        before, later = plan.structure(flattener.flatten().tensors), flattener.flatten()
+        objects["net"].to(torch.bfloat16)
+        assert plan.structure(later.tensors) == before
+        assert plan.structure(flattener.flatten().tensors) != before
+        objects["net"].float()
 
 
 def test_a_scripted_module_is_saved(tmp_path: Path) -> None:

@@ -38,12 +38,7 @@ class LocalTensor:
     """Where this rank's part begins in the whole."""
     whole: torch.Tensor
     """The tensor as the object holds it: for a DTensor, the DTensor."""
+    dtype: str
+    """The name that safetensors gives its type."""
     writes: bool = True
     """For SHARDED: False on a rank that holds a second copy of a box."""
-
-    @property
-    def dtype(self) -> str:
-        """The name that safetensors gives its type."""
-        from lastgood.dtypes import DTYPE_NAMES  # Only here: who writes what is decided without torch.
-
-        return DTYPE_NAMES[self.tensor.dtype]

@@ -66,7 +66,7 @@ def share_out(tensors: Mapping[str, LocalTensor], writers: Sequence[int]) -> dic
 def structure(tensors: Mapping[str, LocalTensor]) -> str:
     """A digest of the replicated tensors' names, types and shapes: ranks share the writing only where it is equal."""
     text = "\n".join(
-        f"{name} {t.tensor.dtype} {t.shape}" for name, t in tensors.items() if t.placement is Placement.REPLICATED
+        f"{name} {t.dtype} {t.shape}" for name, t in tensors.items() if t.placement is Placement.REPLICATED
     )
     return checksum(text.encode())
 

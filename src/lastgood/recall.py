@@ -190,9 +190,9 @@ class Memory:
     """By optimizer, the names of its parameters."""
     seen: dict[int, list[str]]
     """By address, the tensors that begin there."""
-    kept: list[tuple[int, str, Placement, tuple[int, ...], tuple[int, ...]]]
-    """Of every tensor that is saved: its place among those of the sight, its name, placement, shape and offsets."""
-
+    kept: list[tuple[int, str, Placement, tuple[int, ...], tuple[int, ...], str]]
+    """Of every tensor that is saved: its place among those of the sight, its name, placement, shape, offsets and type.
+    """
     index: dict[str, int] = field(init=False)
     """By name, the place of a tensor that is saved among those of the sight."""
 
@@ -215,8 +215,8 @@ class Memory:
         """The tensors by name, as they are now."""
         found = sight.tensors
         return {
-            name: LocalTensor(found[index], placement, shape, offsets, found[index])
-            for index, name, placement, shape, offsets in self.kept
+            name: LocalTensor(found[index], placement, shape, offsets, found[index], dtype)
+            for index, name, placement, shape, offsets, dtype in self.kept
         }
 
     def tree(self, given: Given) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def learn(
     for index, name in enumerate(names):
         first.setdefault(name, index)
     kept = [
-        (index, name, tensors[name].placement, tensors[name].shape, tensors[name].offsets)
+        (index, name, tensors[name].placement, tensors[name].shape, tensors[name].offsets, tensors[name].dtype)
         for name, index in first.items()
     ]
     return Memory(sight.signs, sight.addresses, _apart(sight.addresses), dict(trees), labels, dict(seen), kept)

@@ -343,7 +343,6 @@ class Flattener:
             before = self._tensors[other]
             if before.shape == part.shape and memory_key(before.tensor) == memory_key(local):
                 return other
-        dtype_name(local.dtype, path)
         if self._world_size == 1:
             part.placement = Placement.ROOT
         elif part.placement is not Placement.SHARDED:
@@ -482,7 +481,7 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
         )
     plain = tensor.detach() if tensor.requires_grad else tensor
     shape = tuple(tensor.shape)
-    return LocalTensor(plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain)
+    return LocalTensor(plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain, dtype_name(plain.dtype, path))
 
 
 def _dtensor_part(tensor: Any, path: str) -> LocalTensor:
@@ -499,4 +498,5 @@ def _dtensor_part(tensor: Any, path: str) -> LocalTensor:
     )
     local = tensor.to_local().detach()
     writes = writes and local.numel() > 0
-    return LocalTensor(local, Placement.SHARDED, tuple(tensor.shape), tuple(offsets), tensor, writes)
+    dtype = dtype_name(local.dtype, path)
+    return LocalTensor(local, Placement.SHARDED, tuple(tensor.shape), tuple(offsets), tensor, dtype, writes)
