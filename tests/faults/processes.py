@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# The first optimizer of a process imports it, which takes more than a second: here it is once for all children.
+import torch._dynamo  # noqa: F401
+
 LIMIT_SECONDS = 240.0
 """For one life of a job. A life takes a fraction of a second; this is reached only when something hangs."""
 
