@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import xxhash
 
 from lastgood import Checkpointer, catalog, disk, generation
 from lastgood.errors import LastGoodError
@@ -194,13 +195,18 @@ class Walk:
     continued: int = 0
     """States from which a new life was tried as well."""
     problems: list[str] = field(default_factory=list)
+    good: set[bytes] = field(default_factory=set)
+    """The states, by digest, of which nothing is wrong."""
 
 
-def walk(history: Sequence[Event], directory: Path, *, lives: int, stop_early: bool = False) -> Walk:
+def walk(
+    history: Sequence[Event], directory: Path, *, lives: int, stop_early: bool = False, good: Set[bytes] = frozenset()
+) -> Walk:
     """Cut the power after every operation, and judge every state.
 
     Args:
         lives: from each so many-th state a new life of the job is tried; 0 for none.
+        good: states that another walk through this history, or part of it, found good: they are passed over.
     """
     truth, model, outcome = Truth.of(history), Disk(), Walk()
     model.play(Event("mkdir", str(Path(RUN).parent)))
@@ -212,7 +218,7 @@ def walk(history: Sequence[Event], directory: Path, *, lives: int, stop_early: b
         outcome.cuts += 1
         for tree in model.states(seed=number):
             key = _key(tree, truth)
-            if key in known:
+            if key in known or key in good:
                 continue
             known.add(key)
             outcome.states += 1
@@ -226,7 +232,9 @@ def walk(history: Sequence[Event], directory: Path, *, lives: int, stop_early: b
                     problem = judge_new_life(root / RUN)
             finally:
                 shutil.rmtree(root)
-            if problem is not None:
+            if problem is None:
+                outcome.good.add(key)
+            else:
                 problem = problem.replace(f"{root}/", "")
                 outcome.problems.append(f"power cut after operation {number} ({event.effect} {event.path}): {problem}")
                 if stop_early:
@@ -235,11 +243,11 @@ def walk(history: Sequence[Event], directory: Path, *, lives: int, stop_early: b
 
 
 def _key(tree: Tree, truth: Truth) -> bytes:
-    total = hashlib.sha256(repr((truth.reported, sorted(truth.given_up))).encode())
+    parts = [repr((truth.reported, sorted(truth.given_up))).encode()]
     for path in sorted(tree):
         if not path.endswith((".beat", "events.jsonl")):
-            total.update(path.encode() + b"\0" + (tree[path] or b"") + b"\0")
-    return total.digest()
+            parts += path.encode(), tree[path] or b""
+    return xxhash.xxh3_128_digest(b"\0".join(parts))
 
 
 def sites(history: Sequence[Event]) -> list[str]:
