@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lastgood import disk
-from tests.faults import crash
+from tests.faults import crash, forked
 from tests.faults.processes import Ranks, scratch
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign"),
     pytest.mark.timeout(900),
 ]
-ROOT = Path(__file__).parents[2]
 
 
 def in_fork(*lines: str) -> str:
     """What a program prints that runs in a process of its own, which has no other thread when it forks."""
-    return _python("-c", "\n".join(lines))
+    code, printed, log = forked.run("\n".join(lines))
+    assert code == 0, printed + log
+    return printed
 
 
 def campaign(*arguments: str) -> str:
-    """A campaign in a process of its own, which has imported torch once and has no other thread when it forks."""
-    return _python("-m", "tests.faults", *arguments)
-
-
-def _python(*arguments: str) -> str:
-    source = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """What a campaign prints, in a process of its own."""
+    return in_fork("import tests.faults.__main__ as faults", f"raise SystemExit(faults.main({[*arguments]!r}))")
 
 
 @pytest.mark.parametrize("scenario", ["old", "new"])

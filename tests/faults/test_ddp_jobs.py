@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import ddp
-from tests.faults.test_crash import ROOT, campaign
+from tests.faults.forked import ROOT
+from tests.faults.test_crash import campaign, in_fork
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL; Windows has its own campaign"),
@@ -38,9 +39,10 @@ def test_ddp_killed_under_torchrun_is_restarted_and_ends_in_the_same_bits(tmp_pa
     ended = [
         json.loads((tmp_path / "notes" / f"{rank}.jsonl").read_text().splitlines()[-1])["digest"] for rank in (0, 1)
     ]
-    code = "import sys; from pathlib import Path; from tests.faults import ddp; print(ddp.reference(Path(sys.argv[1])))"
-    plain = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "plain")], cwd=ROOT, env=environment, capture_output=True, text=True
+    plain = in_fork(
+        "from pathlib import Path",
+        "from tests.faults import ddp",
+        f"print(ddp.reference(Path({str(tmp_path / 'plain')!r})))",
     )
-    assert str(ended) in plain.stdout, plain.stdout + plain.stderr
+    assert str(ended) in plain
     assert ddp.WORLD == 2

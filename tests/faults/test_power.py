@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests.faults import power
-from tests.faults.test_crash import ROOT
+from tests.faults.test_crash import in_fork
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs loop devices"),
@@ -20,15 +18,13 @@ pytestmark = [
 
 
 def in_process(code: str) -> str:
-    """In a process of its own, which forks; skips where file systems cannot be mounted."""
-    program = f"from tests.faults import power\ntry:\n    {code}\nexcept power.NotHereError as e:\n    print('SKIP', e)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    if done.stdout.startswith("SKIP"):
-        pytest.skip(f"mounting is not allowed here: {done.stdout[5:].strip()}")
-    return done.stdout
+    """What is printed in a process of its own, which forks; skips where file systems cannot be mounted."""
+    printed = in_fork(
+        f"from tests.faults import power\ntry:\n    {code}\nexcept power.NotHereError as e:\n    print('SKIP', e)"
+    )
+    if printed.startswith("SKIP"):
+        pytest.skip(f"mounting is not allowed here: {printed[5:].strip()}")
+    return printed
 
 
 @pytest.mark.parametrize("system", power.SYSTEMS)
