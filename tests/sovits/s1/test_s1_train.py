@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -290,6 +291,7 @@ def test_refuses_what_cannot_work(small_config: ModelConfig) -> None:
 
 
 def run_rank(rank: int, store: Path, config: ModelConfig, batches: list[Batch], local: bool, out: Any) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Text2Semantic(config)
@@ -318,7 +320,9 @@ def test_two_ranks_step_alike_and_skip_alike(
     data = batches[:10]
     if broken == "input":
         data[5] = replace(data[5], bert=data[5].bert * float("nan"))  # the third of rank 1: in the second window
-    context = multiprocessing.get_context("spawn")  # where torch sees CUDA, a backward pass fails after a fork
+    # A fork has imported torch already. Where torch sees CUDA, a backward pass fails after a fork.
+    forks = hasattr(os, "fork") and not torch.cuda.is_available()
+    context = multiprocessing.get_context("fork" if forks else "spawn")
     ranks = [
         context.Process(target=run_rank, args=(rank, tmp_path / "store", small_config, data, local, tmp_path))
         for rank in range(2)

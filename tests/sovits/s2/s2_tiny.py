@@ -1,7 +1,11 @@
 """Tiny models of stage 2."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lastgood_sovits.s2.config import Config, parse_config
 
@@ -38,3 +42,17 @@ def tiny_config(version: str = "v2", **changes: dict[str, object]) -> Config:
     for section, entries in changes.items():
         values[section] |= entries
     return parse_config(values)
+
+
+def start_ranks(count: int, action: Callable[..., None], *arguments: Any) -> None:
+    """Run `action(rank, *arguments)` in so many processes: forks of this one, which has imported torch already.
+
+    Where torch sees CUDA, no fork of a process that has done a backward pass can do one.
+    """
+    method = "fork" if hasattr(os, "fork") and not torch.cuda.is_available() else "spawn"
+    torch.multiprocessing.start_processes(_rank, (action, *arguments), nprocs=count, start_method=method)
+
+
+def _rank(rank: int, action: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)  # The pool of threads that a fork remembers is not there.
+    action(rank, *arguments)

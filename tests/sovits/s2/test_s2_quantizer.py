@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from s2_tiny import tiny_config
+from s2_tiny import start_ranks, tiny_config
 from torch import Tensor
 
 from lastgood_sovits.errors import SovitsError
@@ -134,7 +133,7 @@ def _one_rank(rank: int, world: int, folder: str) -> None:
 
 def test_ranks_with_batches_of_different_length_get_one_codebook(tmp_path: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_one_rank, args=(3, str(tmp_path)), nprocs=3)
+    start_ranks(3, _one_rank, 3, str(tmp_path))
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     for key, value in states[0].items():
         assert all(torch.equal(value, state[key]) for state in states[1:]), key

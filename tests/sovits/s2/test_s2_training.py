@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from s2_tiny import tiny_config
+from s2_tiny import start_ranks, tiny_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -175,7 +174,7 @@ def _train_one_rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_stay_equal_and_skip_together(tmp_path: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_train_one_rank, args=(str(tmp_path),), nprocs=2)
+    start_ranks(2, _train_one_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     # One process with the whole batch gets almost the same: only the KL mean over frames of unequal halves differs.
