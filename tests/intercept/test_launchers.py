@@ -140,7 +140,7 @@ def test_a_directory_is_finished_when_all_ranks_of_the_trainer_have_written(tmp_
         GLOO_SOCKET_IFNAME="lo",
     )
     assert (tmp_path / "out" / "checkpoint-1").exists(), output
-    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir('out')))")
+    code, output = start(tmp_path, "import os, safetensors; print(sorted(os.listdir('out')))")
     assert code == 0 and "[]" in output and "not completely written" in output, output
 
 
@@ -192,7 +192,7 @@ def test_a_trainer_killed_while_it_deletes_an_earlier_checkpoint(tmp_path: Path,
     )
     code, output = start(tmp_path, ROTATION, LIMIT=str(limit), KILL_AT=str(limit + 1))
     assert code == (9 if os.name == "nt" else 128 + 9), output
-    seen = "import os, torch; print(sorted(os.listdir('out')))"
+    seen = "import os, safetensors; print(sorted(os.listdir('out')))"
     code, output = start(tmp_path, seen)
     expected = [f"checkpoint-{step}" for step in range(2, limit + 2)]
     assert str(expected) in output and "not completely" not in output, output
@@ -227,7 +227,7 @@ def test_a_directory_that_lightning_did_not_finish_is_set_aside_without_being_as
         """,
     )
     assert code == 128 + 9, output
-    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir()))")
+    code, output = start(tmp_path, "import os, safetensors; print(sorted(os.listdir()))")
     assert "['first.ckpt', 'script.py']" in output and "not completely written" in output
 
 

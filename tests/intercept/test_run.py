@@ -590,5 +590,5 @@ print(sorted(os.listdir()))
     assert code == 0 and "['checkpoint-1', 'script.py']" in output and "cannot be dealt with" in output, output
     code, output = start(tmp_path, refuse + "step = 2\n" + save, "--complete", "checkpoint-*")
     assert code == 0, output
-    code, output = start(tmp_path, "import os, torch; print(sorted(os.listdir()))", "--complete", "checkpoint-*")
+    code, output = start(tmp_path, "import os, safetensors; print(sorted(os.listdir()))", "--complete", "checkpoint-*")
     assert "['checkpoint-1', 'checkpoint-2', 'script.py']" in output, output
