@@ -203,11 +203,13 @@ def _child(rank: Rank, main: Callable[[Rank], Any], scratch: Path, limit: float)
             caught.add_note("".join(traceback.format_exception(caught))) if hasattr(caught, "add_note") else None
             error, code = caught, 1
         path = scratch / f"result-{rank.rank}"
+        part = path.with_suffix(".part")  # Who waits for another rank only may kill this one at any moment.
         try:
             data = pickle.dumps((value, error))
         except Exception:
             data = pickle.dumps((None, RuntimeError(f"not picklable: {value!r} {error!r}")))
-        path.write_bytes(data)
+        part.write_bytes(data)
+        part.replace(path)
     finally:
         os._exit(code)
 
