@@ -177,7 +177,7 @@ class Snapshot:
                     if self.overlap and source.untyped_storage().data_ptr() in steady:
                         queued.append((piece.name, source, source._version))
                 elif not source.is_cpu:
-                    target.copy_(source)
+                    target.copy_(source.cpu())  # MPS writes to no address but multiples of 4.
                 elif size >= OVERLAP_BYTES and self.overlap and is_plain(source):
                     storage = source.untyped_storage()
                     if storage.data_ptr() in steady or piece.name in unchanged:
