@@ -21,6 +21,7 @@ from torch import nn
 import lastgood
 from lastgood import Keep, Mirror, catalog, coordinate, direct_io, disk, random_state, reading, world
 from lastgood.intercept.runtime import system
+from lastgood.state import memory_key
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX: macOS is one")
 F_FULLFSYNC = 51
@@ -319,6 +320,18 @@ class OnMps(nn.Parameter):
             if function is torch.Tensor.cpu:
                 return found.clone()
             return found.as_subclass(cls) if function is torch.Tensor.detach else found
+
+
+def test_tensors_of_mps_are_not_tied_by_a_number_that_looks_like_an_address() -> None:
+    class Alike(OnMps):
+        is_mps = True
+
+        def data_ptr(self) -> int:
+            return 4096
+
+    one, other = (Alike(torch.zeros(3), requires_grad=False) for _ in range(2))
+    assert memory_key(one) != memory_key(other)
+    assert memory_key(one) == memory_key(one.detach())
 
 
 def test_tensors_of_mps_are_copied_wherever_they_lie_in_the_file(tmp_path: Path) -> None:
