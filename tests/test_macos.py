@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import selectors
 import socket
 import sys
 from collections.abc import Callable
@@ -289,6 +290,30 @@ def test_a_machine_that_lost_its_power_is_noticed_as_soon_as_on_linux(monkeypatc
     with socket.socket() as sock:
         coordinate._keep_alive(sock)
         assert sock.getsockopt(socket.IPPROTO_TCP, number) == 30
+
+
+class Apart(selectors.DefaultSelector):
+    """Tells of reading and writing apart, as kqueue does, of which macOS has one."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        both = (selectors.EVENT_WRITE, selectors.EVENT_READ)
+        return [(key, events & one) for key, events in super().select(timeout) for one in both if events & one]
+
+
+def test_a_rank_that_went_away_while_it_was_written_to_is_let_go_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selectors, "DefaultSelector", Apart)
+    channel = coordinate.Channel(world.World(0, 2, True))
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    connection = coordinate._Connection(here)
+    connection.rank = 1
+    channel._peers[1] = connection
+    channel._selector.register(here, selectors.EVENT_READ, connection)
+    connection.queue({"key": "a", "value": 1})
+    there.close()
+    channel._turn(1.0)
+    assert channel.connected == set() and channel.why_gone(1)
+    channel.abandon()
 
 
 def test_the_random_state_of_mps_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

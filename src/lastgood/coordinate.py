@@ -385,6 +385,8 @@ class Channel:
             sock.close()  # It was reset meanwhile.
 
     def _move(self, connection: _Connection, events: int) -> None:
+        if connection.socket.fileno() < 0:
+            return None  # macOS tells of reading and writing apart, and what came first has closed it.
         try:
             with self._news:
                 if events & selectors.EVENT_WRITE:
