@@ -353,7 +353,7 @@ def _open(path: Path, way: Literal["read", "append", "write"]) -> BinaryIO:
     mode = {"read": "rb", "append": "ab", "write": "wb"}[way]
     if WINDOWS:
         return open(disk_windows.open_shared(native(path), way), mode, buffering=0)  # type: ignore[return-value]
-    return open(path, mode, buffering=0, opener=_open_regular)  # type: ignore[return-value]
+    return open(path, mode, buffering=0, opener=_open_regular)  # type: ignore[return-value, unused-ignore]
 
 
 def _open_regular(path: str, flags: int) -> int:
