@@ -385,6 +385,8 @@ class Channel:
             sock.close()  # It was reset meanwhile.
 
     def _move(self, connection: _Connection, events: int) -> None:
+        if connection.socket.fileno() < 0:
+            return None  # macOS tells of reading and writing apart, and what came first has closed it.
         try:
             with self._news:
                 if events & selectors.EVENT_WRITE:
@@ -475,7 +477,8 @@ def _keep_alive(sock: socket.socket) -> None:
     """Between saves nothing is said for long: firewalls forget such connections, and a machine may lose its power."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+    # TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE.
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPALIVE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

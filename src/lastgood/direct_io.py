@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from typing import BinaryIO
 
 PAGE = 4096
@@ -88,8 +89,8 @@ class Reader:
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                     raise
                 self._direct = False
-        if not self._direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not self._direct:
+            drop_cache(file.fileno())
 
     def read(self, begin: int, end: int, ahead: int) -> memoryview:
         """The bytes from `begin` on, up to `end` or less; none where the file ends. Good until the next call.
@@ -106,7 +107,7 @@ class Reader:
             start = begin - begin % PAGE
             size = min(len(self._block), -(-(ahead - start) // PAGE) * PAGE)
             try:
-                self._filled = os.preadv(self._file.fileno(), [self._block[:size]], start)
+                self._filled = read_at(self._file.fileno(), self._block[:size], start)
                 self._start = start
                 return
             except OSError as error:
@@ -118,12 +119,63 @@ class Reader:
         self._start, self._filled = begin, self._file.readinto(self._block[: ahead - begin])  # type: ignore[attr-defined]
 
 
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill `into` from `offset` on, in one read; returns how many bytes there were. Not for Windows."""
+    if sys.platform == "win32":
+        raise NotImplementedError("reading at a place without going there")
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [into], offset)
+    data = os.pread(descriptor, len(into), offset)  # macOS before 11, or a Python that was built for it.
+    into[: len(data)] = data
+    return len(data)
+
+
+def drop_cache(descriptor: int) -> None:
+    """Ask the system to forget what it has cached of a synced file, so that reading it reads the disk.
+
+    Where a system does not do that, it is no error: what is read back is what was written, if not what the disk holds.
+    """
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is not None:
+        advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # type: ignore[attr-defined, unused-ignore]
+    elif os.name == "posix":
+        _invalidate(descriptor)
+
+
+def _invalidate(descriptor: int) -> None:
+    """For macOS, which has no posix_fadvise, and whose F_NOCACHE takes what is cached already.
+
+    Making a mapping of the file invalid drops its clean pages. So does fio (os/mac/posix.c), as Apple showed it.
+    """
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        return
+    system = ctypes.CDLL(None)
+    system.mmap.restype = ctypes.c_void_p
+    system.mmap.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_longlong,
+    )
+    system.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    system.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    # PROT_NONE, MAP_SHARED and MS_INVALIDATE are these numbers on Linux, too. Of the module mmap, which knows no
+    # address of what is only read, they cannot be had on every system.
+    address = system.mmap(None, size, 0, 1, descriptor, 0)
+    if address != ctypes.c_void_p(-1).value:  # MAP_FAILED: a file system without mappings.
+        system.msync(address, size, 2)
+        system.munmap(address, size)
+
+
 def _memory(size: int) -> memoryview:
     """Memory that begins at a page, in large pages where it is worth it: the system then has fewer of them to look up.
 
     Reading 600 MiB takes the system 5 instead of 33 ms of computing.
     """
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if sys.platform == "win32" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(mmap.mmap(-1, size))
     whole = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # A system without large pages.
@@ -134,10 +186,11 @@ def _memory(size: int) -> memoryview:
 
 
 def _set_direct(descriptor: int, direct: bool) -> None:
-    import fcntl
+    if sys.platform != "win32":
+        import fcntl
 
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | O_DIRECT if direct else flags & ~O_DIRECT)
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | O_DIRECT if direct else flags & ~O_DIRECT)
 
 
 def _address(data: memoryview) -> int:

@@ -154,18 +154,22 @@ class NewFile(io.RawIOBase):
         super().close()
 
 
-if sys.platform == "darwin":
+_UNKNOWN_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY)
+# How file systems, network and FUSE ones above all, say that they do not know a way to sync.
 
-    def _sync_descriptor(descriptor: int) -> None:
+
+def _sync_descriptor(descriptor: int) -> None:
+    if sys.platform == "darwin":
         import fcntl
 
-        # Apple's fsync does not empty the cache of the drive; F_FULLFSYNC does.
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-
-else:
-
-    def _sync_descriptor(descriptor: int) -> None:
-        os.fsync(descriptor)
+        try:
+            # Apple's fsync does not empty the cache of the drive; this does, where the file system knows it.
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in _UNKNOWN_SYNC:
+                raise
+    os.fsync(descriptor)
 
 
 def sync_file(path: Path) -> None:
@@ -191,8 +195,8 @@ def sync_dir(path: Path) -> bool:
         try:
             _sync_descriptor(descriptor)
         except OSError as error:
-            # Some network and FUSE file systems do not know fsync of a directory (EINVAL, ENOTSUP); `doctor` says so.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            # Some network and FUSE file systems do not know fsync of a directory; `doctor` says so.
+            if error.errno not in _UNKNOWN_SYNC:
                 raise
             return False
         finally:
@@ -270,7 +274,10 @@ def sync_names(path: Path) -> None:
     for parent in path.parents:
         try:
             sync_dir(parent)
-        except PermissionError:
+        except OSError as error:
+            # On a file system that is mounted read-only, as the root of macOS is, no name can be new.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             return
         if os.path.ismount(parent):
             return
@@ -346,12 +353,12 @@ def _open(path: Path, way: Literal["read", "append", "write"]) -> BinaryIO:
     mode = {"read": "rb", "append": "ab", "write": "wb"}[way]
     if WINDOWS:
         return open(disk_windows.open_shared(native(path), way), mode, buffering=0)  # type: ignore[return-value]
-    return open(path, mode, buffering=0, opener=_open_regular)  # type: ignore[return-value]
+    return open(path, mode, buffering=0, opener=_open_regular)  # type: ignore[return-value, unused-ignore]
 
 
 def _open_regular(path: str, flags: int) -> int:
     """A descriptor of a regular file. A pipe in its place would be waited for, and a device has no end."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "this is no regular file", path)
@@ -376,7 +383,7 @@ def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> int:
             file.seek(offset + done)
             count: Any = file.readinto(part)  # type: ignore[attr-defined]
         else:
-            count = os.preadv(file.fileno(), [part], offset + done)
+            count = direct_io.read_at(file.fileno(), part, offset + done)
         if not count:
             break
         done += count
@@ -385,8 +392,7 @@ def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> int:
 
 def drop_cache(file: BinaryIO) -> None:
     """Ask the system to forget what it has cached of a synced file, so that reading it reads the disk."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    direct_io.drop_cache(file.fileno())
 
 
 def file_size(path: Path) -> int:

@@ -33,6 +33,13 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".lastgood-") and name.endswith(".tmp")
 
 
+def is_of_macos(name: str) -> bool:
+    """Whether it is a file of macOS beside a program's: Finder's, or what an exFAT or network drive cannot hold within
+    the file. They come, change and go as the system likes.
+    """
+    return name == ".DS_Store" or name.startswith("._")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], None], *, patience: float | None = None) -> None:
     """Write a file under a temporary name in the same directory, sync it, and put it in place of `path`.
 

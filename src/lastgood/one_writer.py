@@ -173,7 +173,10 @@ def _record_path(path: Path, member: Member) -> Path:
         directory = path.parent / ".lastgood"
         disk.make_dirs(directory)
         return directory / f"{name}.round"
-    user = os.getuid() if sys.platform != "win32" else os.environ.get("USERNAME", "")
+    if sys.platform == "win32":
+        user = os.environ.get("USERNAME", "")
+    else:
+        user = str(os.getuid())
     directory = Path(tempfile.gettempdir()) / f"lastgood-{user}"
     disk.make_private_dir(directory)
     return directory / f"{name}.round"

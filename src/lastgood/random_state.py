@@ -1,4 +1,4 @@
-"""The random state of one rank: python, numpy (where the program uses it), torch on CPU and every CUDA device."""
+"""The random state of one rank: python, numpy (where the program uses it), torch on CPU, every CUDA device, and MPS."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def capture() -> Json:
         state["numpy"] = _without_arrays(np.random.get_state(legacy=False))
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [_raw(item) for item in torch.cuda.get_rng_state_all()]
+    if torch.backends.mps.is_available() and torch.mps.current_allocated_memory():  # The program has tensors there.
+        state["mps"] = _raw(torch.mps.get_rng_state())
     return encode(state, "random", _no_tensor)
 
 
@@ -59,6 +61,10 @@ def apply(saved: Json) -> list[str]:
             left.append(f"{len(devices)} CUDA devices had a random state, and here are {here}")
     elif devices:
         left.append("there is no CUDA device here to take the saved random state")
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(_tensor(state["mps"]))
+    elif "mps" in state:
+        left.append("there is no MPS device here to take the saved random state")
     return left
 
 

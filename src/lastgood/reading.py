@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -21,6 +22,8 @@ from lastgood.manifest import Chunk, Manifest
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
 _SMALL_BYTES = 256 << 10
 # Smaller tensors that lie close together are read together.
+_OPEN_FILES = 128
+# Shards that are open at a time: macOS lets a process have 256 files, unless it asks for more.
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,10 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want]) -> None
         DamagedError: a byte on disk is not what was saved.
         MismatchError: an expanded tensor cannot hold what was saved.
     """
-    files: list[BinaryIO] = []
     try:
         for record in manifest.shards:
-            path = entry.path / record.file
-            shard.check_size(path, record)
-            shard.check_header(path, record)
-            files.append(disk.open_read(path))
+            shard.check_size(entry.path / record.file, record)
+            shard.check_header(entry.path / record.file, record)
         jobs = [
             (want, chunk)
             for want in wants
@@ -54,15 +54,29 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want]) -> None
         ]
         # From the front of each file to its end, as disks like it.
         jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
+        batches = _batches(jobs)
         with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
-            batches = _batches(jobs)
-            for _ in pool.map(lambda batch: _read_batch(entry, manifest, files[batch[0][1].shard], batch), batches):
-                continue
+            for first in range(0, len(manifest.shards), _OPEN_FILES):
+                shards = range(first, min(first + _OPEN_FILES, len(manifest.shards)))
+                _read_shards(pool, entry, manifest, shards, [b for b in batches if b[0][1].shard in shards])
     except OSError as error:
         raise DamagedError(f"{entry.path} cannot be read: {error}") from error
-    finally:
-        for file in files:
-            file.close()
+
+
+def _read_shards(
+    pool: ThreadPoolExecutor,
+    entry: Entry,
+    manifest: Manifest,
+    shards: range,
+    batches: Sequence[Sequence[tuple[Want, Chunk]]],
+) -> None:
+    """Read what is wanted of some shards, which are open meanwhile."""
+    with contextlib.ExitStack() as stack:
+        files = {
+            number: stack.enter_context(disk.open_read(entry.path / manifest.shards[number].file)) for number in shards
+        }
+        for _ in pool.map(lambda batch: _read_batch(entry, manifest, files[batch[0][1].shard], batch), batches):
+            continue
 
 
 def _batches(jobs: Sequence[tuple[Want, Chunk]]) -> list[list[tuple[Want, Chunk]]]:

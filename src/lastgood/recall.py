@@ -98,7 +98,8 @@ class View:
 
 def _same(one: Any, other: Any) -> bool:
     if type(one) in _TENSORS and type(other) in _TENSORS:
-        return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype)
+        forms = [(t.data_ptr(), t.storage_offset(), t.shape, t.dtype) for t in (one, other)]
+        return forms[0] == forms[1]
     return one is other
 
 

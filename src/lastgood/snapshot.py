@@ -238,7 +238,7 @@ class Snapshot:
                     targets.append(part.target)
                     rest.append(source)
                 else:
-                    part.target.copy_(source)
+                    part.target.copy_(source.cpu())  # MPS writes to no address but multiples of 4.
             if targets:
                 torch._foreach_copy_(targets, rest)  # One call for all: many small ones cost more than the bytes do.
             if queue:

@@ -455,7 +455,9 @@ def _placements(
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are one and the same memory, seen in the same way."""
     signs = tensor.is_conj(), tensor.is_neg()
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), signs
+    # What MPS has for an address is that of an object, to which it adds the offset: it may be another tensor's, too.
+    offset = (tensor.untyped_storage().data_ptr(), tensor.storage_offset()) if tensor.is_mps else 0
+    return tensor.device, tensor.data_ptr(), offset, tensor.dtype, tuple(tensor.shape), tensor.stride(), signs
 
 
 def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 import torch
 
@@ -33,7 +33,7 @@ ALIGNMENT = 64
 """Bytes. torch aligns every storage to this; one that an archiver moved is copied, not mapped."""
 
 File = str | os.PathLike[str] | BinaryIO
-MapLocation = str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], Any] | None
+MapLocation: TypeAlias = str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], Any] | None
 Kind = Literal["zip", "legacy", "torchscript", "safetensors", "unknown"]
 
 

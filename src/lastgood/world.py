@@ -105,7 +105,23 @@ def machine_id() -> str:
     try:
         return disk.read_bytes(Path("/proc/sys/kernel/random/boot_id"), limit=100).decode().strip()
     except OSError:
+        if sys.platform == "darwin" and (session := _boot_session()):
+            return session
         with contextlib.suppress(OSError):
             # Not the network card's number alone: Python makes one up, for each process anew, where it finds none.
             return f"{socket.gethostname()}-{disk.machine_guid()}"
         return f"{socket.gethostname()}-{uuid.getnode():x}"
+
+
+def _boot_session() -> str:
+    """What macOS has for a boot_id, or "" where it does not say it: the name of a Mac changes with the network."""
+    import ctypes
+
+    value, size = ctypes.create_string_buffer(64), ctypes.c_size_t(64)
+    try:
+        ask = ctypes.CDLL(None).sysctlbyname
+    except (OSError, AttributeError):
+        return ""
+    ask.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    failed = ask(b"kern.bootsessionuuid", value, ctypes.byref(size), None, 0)
+    return "" if failed else value.value.decode("ascii", "replace")

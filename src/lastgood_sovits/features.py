@@ -207,7 +207,7 @@ def _texts(path: Path) -> dict[str, tuple[list[str], list[int] | None, str]]:
 def _listed(folder: Path) -> dict[str, Path]:
     """The recordings by name, as upstream's list has them: path|speaker|language|text in each line."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.list")):
+    for path in sorted(folder.glob("[!.]*.list")):  # Not the ._ files that macOS puts beside others on some drives.
         for line in read_lines(path):
             if line.count("|") >= 3:
                 recording = Path(line.split("|")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from click.testing import Result
 
 from lastgood import disk
 from lastgood.cli import filesystem, probes
-from lastgood.cli.filesystem import Mount, parse_mountinfo, risk_of
+from lastgood.cli.filesystem import Mount, parse_mountinfo, parse_mounts, risk_of
 
 Call = Callable[..., Result]
 MOUNTS = """\
@@ -102,6 +103,45 @@ def test_the_innermost_mount_counts(path: str, kind: str) -> None:
 def test_each_weak_file_system_is_named_with_its_risk(kind: str) -> None:
     risk = risk_of(Mount(kind, "/x", "y"))
     assert risk is not None and risk[0] == "risk" and kind in risk[1]
+
+
+MOUNTS_OF_MACOS = """\
+/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)
+devfs on /dev (devfs, local, nobrowse)
+/dev/disk3s5 on /System/Volumes/Data (apfs, local, journaled, nobrowse, protect, root data)
+map auto_home on /System/Volumes/Data/home (autofs, automounted, nobrowse)
+//me@nas._smb._tcp.local/runs on /Volumes/my runs (smbfs, nodev, nosuid, mounted by me)
+/dev/disk5s1 on /Volumes/STICK (1) (exfat, local, nodev, nosuid, noowners, fskit)
+store@macfuse0 on /Volumes/cloud (macfuse, nodev, nosuid, synchronous, mounted by me)
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "level"),
+    [
+        ("/Users/me/runs", "apfs", None),
+        ("/Volumes/my runs/voice", "smbfs", "risk"),
+        ("/Volumes/my", "apfs", None),
+        ("/Volumes/STICK (1)/voice", "exfat", "risk"),
+        ("/Volumes/cloud", "macfuse", "risk"),
+    ],
+)
+def test_what_mount_prints_on_macos_is_understood(path: str, kind: str, level: str | None) -> None:
+    mount = parse_mounts(MOUNTS_OF_MACOS, Path(path))
+    assert mount is not None and mount.type == kind
+    risk = risk_of(mount)
+    assert (risk and risk[0]) == level
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX: Windows is asked in another way")
+def test_without_proc_the_command_mount_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mount").write_text("#!/bin/sh\necho '/dev/disk3s1s1 on / (apfs, sealed, local)'\n")
+    (tmp_path / "mount").chmod(0o755)
+    monkeypatch.setattr(filesystem, "_MOUNTS", tmp_path / "no proc")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert filesystem.mount_of(tmp_path) == Mount("apfs", "/", "/dev/disk3s1s1")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert filesystem.mount_of(tmp_path) is None
 
 
 def test_folders_that_a_cloud_program_copies_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

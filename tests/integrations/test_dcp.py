@@ -176,6 +176,16 @@ def test_keep_deletes_the_oldest_and_leaves_what_a_killed_save_left_to_the_next(
     assert load(tmp_path)[0] == 4
 
 
+def test_a_checkpoint_that_was_looked_at_on_macos_is_deleted_as_a_whole(tmp_path: Path) -> None:
+    for _ in range(3):
+        dcp.save({"w": torch.zeros(5, 3)}, storage_writer=Writer(tmp_path, keep=2), no_dist=True)
+        for path in tmp_path.iterdir():
+            (path / ".DS_Store").write_bytes(b"Bud1")
+            (path / "._part").write_bytes(b"Mac OS X")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert load(tmp_path)[0] == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn, torch.float64])
 def test_every_kind_of_tensor_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     base = torch.arange(24).reshape(4, 6) % 3

@@ -16,6 +16,7 @@ import transformers_trainer
 from transformers import TrainerCallback
 
 from lastgood import DamagedError, LastGoodError
+from lastgood.integrations import transformers as sealed
 from lastgood.integrations.transformers import last_good
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,3 +115,30 @@ def test_a_checkpoint_that_cannot_be_sealed_does_not_count_and_does_not_stop_the
     assert ended.ok()[1] == 12
     assert ended.logged("could not be sealed")
     assert last_good(tmp_path / "run") == tmp_path / "run" / "checkpoint-10"
+
+
+def test_a_checkpoint_that_was_looked_at_on_macos_is_not_called_damaged(tmp_path: Path) -> None:
+    """Finder writes its view of a directory whenever it likes; ._ files stay behind where a directory is copied to."""
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "parts").mkdir(parents=True)
+    for name in ("model.safetensors", "parts/a.bin", ".DS_Store", "parts/._a.bin"):
+        (checkpoint / name).write_bytes(b"as it was saved")
+    sealed._seal(checkpoint)
+    assert "._" not in (record := (checkpoint / "lastgood.json").read_text()) and ".DS_Store" not in record
+    (checkpoint / ".DS_Store").write_bytes(b"looked at again")
+    (checkpoint / "parts" / "._a.bin").unlink()
+    assert sealed._damage(checkpoint) is None and last_good(tmp_path) == checkpoint
+    (checkpoint / "parts" / "a.bin").write_bytes(b"as it was not..")
+    assert "parts/a.bin was altered" in str(sealed._damage(checkpoint))
+
+
+def test_a_record_that_names_files_of_macos_is_still_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    for name in ("model.safetensors", ".DS_Store"):
+        (checkpoint / name).write_bytes(b"as it was saved")
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed.files, "is_of_macos", lambda name: False)
+        sealed._seal(checkpoint)
+    (checkpoint / ".DS_Store").write_bytes(b"looked at")
+    assert sealed._damage(checkpoint) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,19 @@ from lastgood import disk
 from lastgood.cli.i18n import _
 
 _MOUNTS = Path("/proc/self/mountinfo")
-_SYNCHRONISED = ("onedrive", "dropbox", "google drive", "googledrive", "icloud", "nutstore", "坚果云", "baidunetdisk")
-"""Folders by these names are copied to a cloud by a program that opens files as soon as they appear."""
+_SYNCHRONISED = (
+    "onedrive",
+    "dropbox",
+    "google drive",
+    "googledrive",
+    "icloud",
+    "mobile documents",
+    "nutstore",
+    "坚果云",
+    "baidunetdisk",
+)
+"""Folders by these names are copied to a cloud by a program that opens files as soon as they appear. The sixth is
+iCloud's on macOS."""
 _WINDOWS_DRIVES = {2: "removable", 3: "fixed", 4: "network", 5: "cdrom", 6: "ramdisk"}
 
 
@@ -35,8 +47,30 @@ def mount_of(path: Path) -> Mount | None:
         with disk.open_read(_MOUNTS) as file:
             text = file.read().decode("utf-8", "replace")
     except OSError:
-        return None
+        return parse_mounts(_of_mount(), path.resolve())
     return parse_mountinfo(text, path.resolve())
+
+
+def _of_mount() -> str:
+    """What the command mount prints: macOS has no /proc. Empty where there is no such command."""
+    try:
+        done = subprocess.run(["mount"], capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
+
+
+def parse_mounts(text: str, path: Path) -> Mount | None:
+    """The last mount whose point is `path` or above it, in lines as macOS prints them: SOURCE on POINT (TYPE, ...).
+
+    What lies on the data volume under a name of the root counts as the root's, which has the same type.
+    """
+    best: Mount | None = None
+    for line in text.splitlines():
+        match = re.fullmatch(r"(.*?) on (/.*) \(([^,()]+)[^()]*\)", line)
+        if match and path.is_relative_to(match[2]) and (best is None or len(match[2]) >= len(best.point)):
+            best = Mount(match[3], match[2], match[1])
+    return best
 
 
 def parse_mountinfo(text: str, path: Path) -> Mount | None:
@@ -102,7 +136,7 @@ def risk_of(mount: Mount) -> tuple[str, str] | None:
             "the host's disk, and it is slow. Use a disk of the machine itself.",
             type=kind,
         )
-    if kind.startswith("fuse"):
+    if kind.startswith("fuse") or kind in ("macfuse", "osxfuse"):
         return "risk", _(
             "{type} is a file system in a program of its own, and promises what that program does; those over object "
             "stores and clouds often replace files in steps. Train on a local disk, and use this one as mirror=.",

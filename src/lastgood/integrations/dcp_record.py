@@ -222,7 +222,8 @@ def clean(directory: Path, sequence: int | None, named: set[str]) -> None:
                 disk.remove(directory / record_name(old), missing_ok=True)
         disk.sync_dir(directory)
         for name in disk.names(directory):
-            if (is_part(name) and name not in named) or files.is_temporary(name):
+            ours = is_part(name) and name not in named
+            if ours or files.is_temporary(name) or (sequence is None and files.is_of_macos(name)):
                 disk.remove(directory / name, missing_ok=True)
         if sequence is None and not disk.names(directory):
             disk.remove_dir(directory)

@@ -238,7 +238,7 @@ def _files(directory: Path) -> Iterator[Path]:
         path = directory / name
         if disk.is_dir(path):
             yield from _files(path)
-        elif name != _RECORD and not files.is_temporary(name):
+        elif name != _RECORD and not files.is_temporary(name) and not files.is_of_macos(name):
             yield path
 
 
@@ -264,6 +264,8 @@ def _damage(directory: Path) -> str | None:
         return sealed
     here = {path.relative_to(directory).as_posix() for path in _files(directory)}
     for name, (size, digest) in sealed.files.items():
+        if files.is_of_macos(Path(name).name):
+            continue  # Of a record of before they were left out.
         if name not in here:
             return f"{directory / name} is missing"
         try:

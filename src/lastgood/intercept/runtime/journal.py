@@ -254,7 +254,7 @@ def verify(directory: str) -> list[Finding]:
             continue
         directories.remove(PRIVATE)
         for entry in sorted(system.listdir(os.path.join(here, PRIVATE))):
-            if not entry.endswith(SUFFIX):
+            if not entry.endswith(SUFFIX) or system.is_of_macos(entry):
                 continue
             target = os.path.join(here, entry[: -len(SUFFIX)])
             versions = read(target)

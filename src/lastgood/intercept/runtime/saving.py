@@ -68,7 +68,7 @@ class Raw(io.FileIO):
                 self.crc = zlib.crc32(view[written : written + count], self.crc)
             written += count
             self.size += count
-            if self.size - self._ahead >= SYNC_AHEAD and hasattr(os, "posix_fadvise"):
+            if sys.platform == "linux" and self.size - self._ahead >= SYNC_AHEAD:
                 # DONTNEED makes Linux start to write dirty pages, and does not wait for them.
                 os.posix_fadvise(self.fileno(), self._ahead, self.size - self._ahead, os.POSIX_FADV_DONTNEED)
                 self._ahead = self.size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -106,16 +107,22 @@ def patiently(operation: Callable[[], Any], patience: float, on_retry: Callable[
         pause = min(pause * 2, 0.5)
 
 
+_UNKNOWN_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY)
+# How file systems, network and FUSE ones above all, say that they do not know a way to sync.
+
+
 def sync_file(descriptor: int) -> None:
     """Return when the bytes are on the disk."""
-    try:
+    if sys.platform == "darwin":
         import fcntl
 
-        if hasattr(fcntl, "F_FULLFSYNC"):  # Apple's fsync does not empty the cache of the drive.
+        try:
+            # Apple's fsync does not empty the cache of the drive; this does, where the file system knows it.
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
-    except (ImportError, OSError):
-        pass  # Windows has no fcntl, network drives on macOS no F_FULLFSYNC: plain fsync follows.
+        except OSError as error:
+            if error.errno not in _UNKNOWN_SYNC:
+                raise
     os.fsync(descriptor)
 
 
@@ -139,9 +146,9 @@ def sync_dir(path: str) -> None:
         return
     descriptor = os.open(path or ".", os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in _UNKNOWN_SYNC:
             raise
     finally:
         os.close(descriptor)
@@ -221,7 +228,8 @@ def copy_owner(like: str, path: str) -> None:
         return  # All that os.chmod knows there is read-only, and such a file could not be replaced.
     with contextlib.suppress(OSError):  # Some network drives know no permissions, and only root gives files away.
         os.chmod(path, stat_module.S_IMODE(status.st_mode))
-        if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+        made = stat(path)  # Of its directory's group on macOS, and in a setgid directory.
+        if sys.platform != "win32" and (status.st_uid, status.st_gid) != (made.st_uid, made.st_gid):
             os.chown(path, status.st_uid, status.st_gid)
 
 
@@ -229,8 +237,13 @@ def temporary(target: str) -> str:
     """A name on the target's file system that no other process uses and no pattern of the program matches."""
     global temporary_count
     temporary_count += 1
-    name = f"tmp-{socket.gethostname()}-{os.getpid()}-{temporary_count}-{os.urandom(4).hex()}"
+    name = f"tmp-{host()}-{os.getpid()}-{temporary_count}-{os.urandom(4).hex()}"
     return os.path.join(private(os.path.dirname(target)), name)
+
+
+def is_of_macos(name: str) -> bool:
+    """Whether it is a file of macOS beside the program's: Finder's, or what a drive cannot hold within a file."""
+    return name == ".DS_Store" or name.startswith("._")
 
 
 def is_alive(pid: int) -> bool:
@@ -253,16 +266,17 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     # One that has ended, and that nobody has asked for its exit code yet, writes nothing any more.
-    return _status(pid)[:1] not in (["Z"], ["X"])
+    state = (_status(pid) or [_of_ps("stat", pid)])[0]
+    return state[:1] not in ("Z", "X")
 
 
 def birth(pid: int) -> str:
-    """What tells a process from a later one with the same pid, where the system says it (Linux)."""
+    """What tells a process from a later one with the same pid; empty where the system does not say it (Windows)."""
     try:
         with open_file("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return _status(pid)[19] + file.read().strip()
     except (OSError, IndexError):
-        return ""
+        return _of_ps("lstart", pid)
 
 
 def _status(pid: int) -> list[str]:
@@ -274,13 +288,54 @@ def _status(pid: int) -> list[str]:
         return []
 
 
+def _of_ps(what: str, pid: int) -> str:
+    """What ps says of a process: macOS has no /proc. Empty where it says nothing."""
+    if WINDOWS:
+        return ""
+    import subprocess
+
+    variables = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}  # A start has one form, wherever and whenever it is asked.
+    try:
+        done = subprocess.run(
+            ["ps", "-o", f"{what}=", "-p", str(pid)],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return " ".join(done.stdout.decode("ascii", "replace").split())
+
+
+def host() -> str:
+    """What tells this machine from others: its name; on macOS, where the network may change that, its number."""
+    return (_hardware() if sys.platform == "darwin" else "") or socket.gethostname()
+
+
+@functools.lru_cache
+def _hardware() -> str:
+    """The number that gethostuuid(2) of macOS gives, in hexadecimal digits; empty where it gives none."""
+    import ctypes
+
+    number = (ctypes.c_ubyte * 16)()
+    seconds = (ctypes.c_long * 2)(1, 0)  # struct timespec
+    try:
+        failed = ctypes.CDLL(None).gethostuuid(number, seconds)
+    except (OSError, AttributeError):
+        return ""
+    return "" if failed else bytes(number).hex()
+
+
 def clear_leftovers(directory: str) -> None:
     """Delete the temporary files in `directory` that processes of this machine left when they were killed.
 
     A directory is one that was being deleted.
     """
     hidden = os.path.join(directory, PRIVATE)
-    prefix = f"tmp-{socket.gethostname()}-"
+    prefix = f"tmp-{host()}-"
     try:
         names = listdir(hidden)
     except OSError:

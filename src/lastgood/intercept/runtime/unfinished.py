@@ -25,7 +25,7 @@ def files_of(directory: str, names: list[str]) -> list[str]:
         if system.isfile(path):
             found.append(name)
         elif os.path.isdir(path):
-            below = [entry for entry in system.listdir(path) if entry != PRIVATE]
+            below = [entry for entry in system.listdir(path) if entry != PRIVATE and not system.is_of_macos(entry)]
             found += files_of(directory, [os.path.join(name, entry) for entry in below])
     return found
 
@@ -45,8 +45,11 @@ def marks(directory: str, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def lives(content: dict[str, Any]) -> bool:
-    """Whether the process of a mark of this host still runs."""
-    return system.is_alive(content["pid"]) and content["birth"] == system.birth(content["pid"])
+    """Whether the process of a mark of this host still runs; where that cannot be told from another, it does."""
+    if not system.is_alive(content["pid"]):
+        return False
+    born = system.birth(content["pid"])
+    return not born or not content["birth"] or content["birth"] == born
 
 
 def set_aside(directory: str, marker: str, content: dict[str, Any], report: Report) -> None:

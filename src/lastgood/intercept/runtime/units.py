@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -182,7 +181,7 @@ class Units:
         self._rounds[marker] = self._rounds.get(marker, 0) + 1
         content: dict[str, Any] = {
             "run": self._settings.run,
-            "host": socket.gethostname(),
+            "host": system.host(),
             "pid": os.getpid(),
             "birth": system.birth(os.getpid()),
             "directory": unit.directory,
@@ -362,7 +361,7 @@ class Units:
                 # What was complete before stays in sight.
                 new = [] if content["group"] or content.get("there") else content["names"]
                 # On another host, whether its writer lives cannot be seen from here: out of sight, but not touched.
-                if content["host"] != socket.gethostname() or unfinished.lives(content):
+                if content["host"] != system.host() or unfinished.lives(content):
                     if content["run"] != self._settings.run:
                         hidden.update(new)
                 else:
