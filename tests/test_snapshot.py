@@ -387,6 +387,13 @@ def test_a_signal_while_training_helps_to_copy_costs_neither_the_save_nor_a_wait
         wanted = copy.deepcopy(model.state_dict())
         monkeypatch.setattr(ctypes, "memmove", memmove)
         if where == "in save":
+            first = ckpt._snapshot.begin
+
+            def after_us() -> None:
+                assert threading.get_ident() == me or interrupted.wait(30)
+                first()
+
+            monkeypatch.setattr(ckpt._snapshot, "begin", after_us)
             monkeypatch.setattr(ckpt._snapshot._background, "submit", submit)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.save(1)
