@@ -17,6 +17,11 @@ import lastgood
 Objects = dict[str, Any]
 
 
+def hook_state_dict(module: nn.Module, hook: Callable[[nn.Module, Objects, str, Any], None]) -> None:
+    """What is called `register_state_dict_post_hook` since torch 2.5."""
+    getattr(module, "register_state_dict_post_hook", module._register_state_dict_hook)(hook)
+
+
 def bits(tensor: torch.Tensor) -> bytes:
     """The values of a tensor, whatever its type, strides and device."""
     plain = torch.empty(tensor.shape, dtype=tensor.dtype)

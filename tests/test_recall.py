@@ -15,6 +15,7 @@ from torch import nn
 
 from lastgood import Checkpointer, plan
 from lastgood.state import Flattener, State
+from roundtrip import hook_state_dict
 
 
 class Net(nn.Module):
@@ -150,8 +151,8 @@ def empty(objects: dict[str, Any]) -> None:
 
 
 def hook(objects: dict[str, Any]) -> None:
-    objects["net"].register_state_dict_post_hook(
-        lambda module, state, prefix, metadata: state.update({"first.bias": state["second.bias"]})
+    hook_state_dict(
+        objects["net"], lambda module, state, prefix, metadata: state.update({"first.bias": state["second.bias"]})
     )
 
 
@@ -343,8 +344,8 @@ def test_hooks_of_a_module_get_what_state_dict_gives_them(tmp_path: Path) -> Non
     """Tensors that need no gradient: some make arrays of them."""
     net = Net()
     seen: list[float] = []
-    net.register_state_dict_post_hook(
-        lambda module, state, prefix, metadata: seen.append(float(state["first.weight"].numpy().sum()))
+    hook_state_dict(
+        net, lambda module, state, prefix, metadata: seen.append(float(state["first.weight"].numpy().sum()))
     )
     with Checkpointer(tmp_path / "run", net=net) as ckpt:
         ckpt.save(1, blocking=True)

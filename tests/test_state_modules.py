@@ -13,7 +13,7 @@ from torch import nn
 
 import lastgood
 from lastgood import catalog
-from roundtrip import Objects, bits, round_trip
+from roundtrip import Objects, bits, hook_state_dict, round_trip
 
 
 class Net(nn.Module):
@@ -147,8 +147,9 @@ class Hooked(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(2, 3))
         self.bias = nn.Parameter(torch.randn(3))
-        self.register_state_dict_post_hook(self._saving)
-        self.register_load_state_dict_pre_hook(self._loading)
+        hook_state_dict(self, self._saving)
+        # Its name begins without the underscore since torch 2.5.
+        self._register_load_state_dict_pre_hook(self._loading, with_module=True)
 
     @staticmethod
     def _saving(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

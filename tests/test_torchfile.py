@@ -26,6 +26,8 @@ from lastgood.errors import DamagedError, LastGoodError, RefusedError
 from lastgood.pickle_limits import PickledObject
 from lastgood.torchfile import inspect, read, verify
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def assert_same(a: Any, b: Any) -> None:
     assert type(a) is type(b)
@@ -81,7 +83,7 @@ def everything() -> dict[str, Any]:
         "view": shared[2:8:2],
         "transposed": shared.view(3, 4).t(),
         "expanded": torch.ones(1).expand(5),
-        "uint16": torch.arange(4).to(torch.uint16),
+        **({"uint16": torch.arange(4).to(torch.uint16)} if TORCH >= (2, 6) else {}),  # Before, torch does not save it.
         "float8": torch.ones(4).to(torch.float8_e4m3fn),
         "conj": torch.tensor([1 + 2j]).conj(),
         "meta": torch.empty(3, device="meta"),
@@ -285,6 +287,35 @@ def test_files_without_checksums_are_not_called_damaged(tmp_path: Path) -> None:
     assert inspect(tmp_path / "a.pt").checksums is False
     assert_same(CHECKPOINT, read(tmp_path / "a.pt"))
     assert inspect(io.BytesIO(CHECKPOINT_ZIP)).checksums is True
+
+
+def test_a_file_whose_storages_were_written_later_is_not_called_damaged(tmp_path: Path) -> None:
+    serialization: Any = torch.serialization
+    if not hasattr(serialization, "skip_data"):
+        pytest.skip("this torch writes all at once")
+    path = tmp_path / "a.pt"
+    with serialization.skip_data():
+        torch.save({"w": torch.arange(9.0)}, path)
+    library: Any = torch._C
+    begins = library.PyTorchFileReader(str(path)).get_record_offset("data/0")
+    with path.open("r+b") as file:
+        file.seek(begins)
+        file.write(torch.arange(9.0).numpy().tobytes())
+    assert verify(path) == []
+    assert inspect(path).checksums is False
+    assert_same({"w": torch.arange(9.0)}, read(path))
+    damaged = path.read_bytes().replace(b"little", b"middle", 1)
+    assert "CRC-32" in verify(io.BytesIO(damaged))[0]  # The other parts have theirs.
+
+
+@pytest.mark.parametrize("alignment", [8, 4096])
+def test_files_with_another_alignment_are_read_and_mapped(tmp_path: Path, alignment: int) -> None:
+    config = pytest.importorskip("torch.utils.serialization.config", reason="this torch knows one alignment")
+    with config.patch("save.storage_alignment", alignment):
+        torch.save(CHECKPOINT, tmp_path / "a.pt")
+    assert verify(tmp_path / "a.pt") == []
+    assert_same(CHECKPOINT, read(tmp_path / "a.pt"))
+    assert_same(CHECKPOINT, read(tmp_path / "a.pt", mmap=True))
 
 
 def archive(members: dict[str, bytes], *, compressed: bool = False, prefix: str = "archive/") -> io.BytesIO:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lastgood import values
 from lastgood.dtypes import dtype_name
@@ -365,7 +365,7 @@ class Flattener:
         by_key: dict[str, Placement] = {}
         owners = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         for key, tensor in owners:
-            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            if is_lazy(tensor):
                 raise LastGoodError(
                     f"{name}.{key} is a lazy parameter without a shape yet: run one forward pass before it is saved "
                     "or restored."

@@ -70,8 +70,9 @@ class ZipArchive:
             if member.name in self.members:
                 raise DamagedError(f"{_shown(info)}: two members have this name")
             self.members[member.name] = member
-        self.has_checksums = any(member.crc for member in self.members.values() if member.size)
-        """False in files written after `torch.serialization.set_crc32_options(False)`: all are zero."""
+        self.has_checksums = all(member.crc for member in self.members.values() if member.size)
+        """False where one is zero: all are after `torch.serialization.set_crc32_options(False)`, and those of storages
+        are that `torch.serialization.skip_data` leaves to the program."""
 
     def _member(self, info: zipfile.ZipInfo) -> Member:
         name = info.orig_filename
@@ -127,7 +128,7 @@ class ZipArchive:
                 yield chunk
         if length != member.size:
             raise DamagedError(f"{member.name}: {length} bytes where the directory says {member.size}")
-        if self.has_checksums and crc != member.crc:
+        if member.crc and crc != member.crc:
             raise DamagedError(f"{member.name}: its bytes changed (CRC-32 {crc:08x}, written was {member.crc:08x})")
 
     def check(self, member: Member) -> None:

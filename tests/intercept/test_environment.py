@@ -75,24 +75,54 @@ def test_nothing_is_loaded_before_torch_is(tmp_path: Path) -> None:
     assert "[]" in output
 
 
-@pytest.mark.parametrize("version", ["1.13.1", "3.0.0", "nonsense"])
-def test_an_unknown_torch_switches_it_off_with_one_warning(tmp_path: Path, version: str) -> None:
+SAVE = "def save(obj, f): open(f, 'w').write('plain')\n"
+LOAD = "def load(f): pass\n"
+SERIALIZATION = "class serialization: save, load = save, load\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "source", "sentence"),
+    [
+        ("1.13.1", SAVE + LOAD + SERIALIZATION, "needs torch 2.0 or newer (found 1.13.1)"),
+        ("3.0.0", SAVE + LOAD + SERIALIZATION, "does not know this torch (found 3.0.0)"),
+        ("nonsense", SAVE + LOAD + SERIALIZATION, "does not know this torch (found nonsense)"),
+        ("2.99.0", SAVE.replace("obj", "state") + LOAD + SERIALIZATION, "does not know this torch (found 2.99.0)"),
+        ("2.99.0", SAVE + LOAD.replace("(f)", "(path)") + SERIALIZATION, "does not know this torch (found 2.99.0)"),
+        ("2.99.0", SAVE + LOAD, "does not know this torch (found 2.99.0)"),
+        ("2.99.0", SAVE + LOAD + "class serialization: save = save\n", "does not know this torch (found 2.99.0)"),
+    ],
+)
+def test_an_unknown_torch_switches_it_off_with_one_warning(
+    tmp_path: Path, version: str, source: str, sentence: str
+) -> None:
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(
-        f"__version__ = {version!r}\ndef save(obj, f): open(f, 'w').write('plain')\ndef load(f): pass\n"
-    )
+    (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\n{source}")
     code, output = start(
         tmp_path,
         """
-        import subprocess, sys, torch
+        import os, subprocess, sys
+        before = [os.rename, os.listdir, open]
+        import torch
+        assert before == [os.rename, os.listdir, open]
         torch.save(1, "a.pth")
         assert open("a.pth").read() == "plain"
         if len(sys.argv) == 1: subprocess.run([sys.executable, __file__, "again"], check=True)
         """,
     )
     assert code == 0, output
-    assert output.count("NOT made safe") == 1
+    assert output.count("NOT made safe") == 1 and sentence in output
     assert not (tmp_path / ".lastgood").exists()
+
+
+def test_a_newer_torch_whose_functions_are_as_they_were_is_made_safe(tmp_path: Path) -> None:
+    stub = (Path(__file__).parent / "programs" / "stub_torch.py").read_text()
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(stub.replace("2.1.0", "2.99.0"))
+    code, output = start(
+        tmp_path,
+        "import torch\ntorch.save([1], 'last.pth')\nassert torch.load('last.pth') == [1] and '99' in torch.__version__",
+    )
+    assert code == 0 and "1 files saved" in output and "NOT made safe" not in output, output
 
 
 @pytest.mark.parametrize(

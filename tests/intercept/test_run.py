@@ -367,6 +367,52 @@ def test_a_file_that_another_program_replaced_is_not_called_damaged(tmp_path: Pa
     assert "loaded 2" in output and code == 0
 
 
+def test_what_another_program_wrote_without_checksums_is_not_called_damaged(tmp_path: Path) -> None:
+    options = "import torch; torch.serialization.set_crc32_options(False); "
+    assert start(tmp_path, options + "torch.save({'i': 1}, 'last.pth')")[0] == 0
+    changed = os.stat(tmp_path / "last.pth").st_mtime + 5
+    load = "import torch; print('loaded', torch.load('last.pth')['i'])"
+    assert start(tmp_path, options + "torch.save({'i': 2}, 'last.pth')", protected=False)[0] == 0
+    os.utime(tmp_path / "last.pth", (changed, changed))
+    code, output = start(tmp_path, load)
+    assert "loaded 2" in output and code == 0, output
+    whole = (tmp_path / "last.pth").read_bytes()
+    for damaged, when in ((whole[: len(whole) // 2], changed), (whole.replace(b"little", b"middle"), changed - 5)):
+        (tmp_path / "last.pth").write_bytes(damaged)
+        os.utime(tmp_path / "last.pth", (when, when))
+        code, output = start(tmp_path, load)
+        assert "is damaged" in output and code == 1, output
+
+
+@pytest.mark.parametrize("target", ['"last.pth"', 'open("last.pth", "wb")'])
+@pytest.mark.parametrize("save_on", ["auto", "rank0"])
+def test_data_that_the_program_writes_after_the_save_is_not_called_damaged(
+    tmp_path: Path, save_on: str, target: str
+) -> None:
+    code, output = start(
+        tmp_path,
+        f"""
+        import os, torch
+        with torch.serialization.skip_data():
+            torch.save({{"w": torch.arange(5000.0)}}, {target})
+        print("size", os.path.getsize("last.pth"))
+        if os.environ["RANK"] == "0":
+            begins = torch._C.PyTorchFileReader("last.pth").get_record_offset("data/0")
+            with open("last.pth", "r+b") as file:
+                file.seek(begins)
+                file.write(torch.arange(5000.0).numpy().tobytes())
+            print("loaded", torch.load("last.pth")["w"][-1].item())
+        """,
+        "--save-on",
+        save_on,
+        RANK="1" if save_on == "rank0" else "0",
+    )
+    assert code == 0, output
+    assert int(output.split()[1]) > 20_000
+    assert (save_on == "auto") == ("loaded 4999.0" in output) == (tmp_path / "last.pth").exists()
+    assert not [finding for finding in journal.verify(tmp_path) if finding.damage]
+
+
 def test_every_file_of_the_program_may_be_a_checkpoint(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,

@@ -21,6 +21,8 @@ from .settings import PRIVATE
 
 SUFFIX = ".jsonl"
 KEEP_ENTRIES = 8
+NO_CHECKSUM = -1
+# Of a file that was there before us, or that its program has not written all of yet: its size is all that is known.
 _TAIL = 1 << 13
 # Bytes at the end of a journal in which its last line mostly lies.
 _COMPACT = 1 << 16
@@ -34,7 +36,7 @@ class Version:
     size: int
     """Bytes."""
     crc32: int
-    """Of the bytes from `begins` on, as zlib computes it; -1 for a file that was there before us."""
+    """Of the bytes from `begins` on, as zlib computes it, or `NO_CHECKSUM`."""
     time: float
     """Seconds since 1970, when it was put in place."""
     rank: int = -1
@@ -155,7 +157,7 @@ def check(target: str, versions: list[Version]) -> str:
 
 
 def _fits(path: str, version: Version) -> bool:
-    if version.crc32 == -1:
+    if version.crc32 == NO_CHECKSUM:
         return True
     if checksum(path, version.begins)[1] != version.crc32:
         return False
@@ -185,6 +187,8 @@ def _is_whole(path: str) -> bool:
             # another program wrote it, which the time of change shows.
             return bool(ends) and 8 + length + max(ends) == system.getsize(path) and _changed_later(path)
         with zipfile.ZipFile(path) as archive:
+            if not any(member.CRC for member in archive.infolist()):
+                return _changed_later(path)  # torch.serialization.set_crc32_options(False): as above.
             return archive.testzip() is None
     except (
         OSError,

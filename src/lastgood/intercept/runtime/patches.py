@@ -69,7 +69,9 @@ def _known_torch(torch: Any) -> bool:
             list(inspect.signature(torch.save).parameters)[:2],
             list(inspect.signature(torch.load).parameters)[:1],
         )
-    except (AttributeError, TypeError, ValueError):
+        for name in ("save", "load"):
+            vars(torch.serialization)[name]  # There they are replaced, too.
+    except (AttributeError, KeyError, TypeError, ValueError):
         parameters = [], []
     if version.split(".")[0] == "2" and parameters == (["obj", "f"], ["f"]):
         return True

@@ -45,6 +45,8 @@ class Raw(io.FileIO):
         self.size = 0
         self.failed: BaseException | None = None
         """Why some of what was to be written is not there, or there twice: a later write does not make that good."""
+        self.gaps = False
+        """Whether the writer left bytes out, for the program to write later, as torch.serialization.skip_data does."""
         self._ahead = 0
 
     def write(self, data: Any) -> int:
@@ -53,6 +55,12 @@ class Raw(io.FileIO):
         except BaseException as error:
             self.failed = error
             raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        position = super().seek(offset, whence)
+        # From the beginning it would be room for a header, which is written last.
+        self.gaps = self.gaps or (whence == os.SEEK_CUR and position > os.fstat(self.fileno()).st_size)
+        return position
 
     def _write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -125,8 +133,10 @@ class Saver:
         except BaseException as error:
             self.abandon(temporary, path, error)
             raise
-        begins = journal.zip_directory(temporary)
-        _, crc = journal.checksum(temporary, begins)
+        begins, crc = 0, raw.crc
+        if crc is None:
+            begins = journal.zip_directory(temporary)
+            _, crc = journal.checksum(temporary, begins)
         self.put(temporary, path, raw.size, crc, called, begins=begins)
 
     def temporary(self, path: str) -> str:
@@ -146,6 +156,8 @@ class Saver:
         if size != raw.size:
             raw.crc = None  # Written around us through the descriptor, as numpy's tofile does.
             raw.size = size
+        if raw.gaps:
+            raw.crc = journal.NO_CHECKSUM
 
     def abandon(self, temporary: str, path: str, error: BaseException, *, aside: bool = False) -> None:
         """Drop what was to be saved under the name `path`, or keep it `aside`."""
@@ -343,7 +355,7 @@ class Saver:
         there = [v for v in versions if v.inode == status.st_ino and v.size == status.st_size]
         # The newest entry is not always what lies there: a save may have been cut off before its file was in place.
         if not there:
-            there = [journal.Version(status.st_size, -1, status.st_mtime, inode=status.st_ino)]
+            there = [journal.Version(status.st_size, journal.NO_CHECKSUM, status.st_mtime, inode=status.st_ino)]
             versions = [*versions, there[0]]
         current = there[-1]
         if self.units.is_half_of_a_save(target, current.time):
