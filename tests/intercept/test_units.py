@@ -515,7 +515,7 @@ def test_a_pair_that_another_rank_completed_is_complete_though_rank_0_was_killed
             torch.serialization._legacy_save({"iteration": 2}, open("other", "wb"), __import__("pickle"), 2)
             replace("other", target)
             theirs = journal.Version(os.stat(target).st_size, -1, mine.time, 1, mine.round, mine.run)
-            theirs.inode = os.stat(target).st_ino
+            theirs.inode, theirs.save = os.stat(target).st_ino, mine.save
             journal.write(target, [*before, theirs, mine])
             os.kill(os.getpid(), 9)
         system.replace = moved

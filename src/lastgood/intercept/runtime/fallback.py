@@ -98,7 +98,7 @@ class Fallback:
         """What can stand in for a group, newest first: its earlier versions, and those of other steps."""
         found = []
         for version in journal.read(target):
-            paths = {one: journal.path_of_round(one, version) for one in group}
+            paths = {one: journal.path_of_save(one, version.save) for one in group}
             found.append((version.time, {one: there for one, there in paths.items() if there is not None}))
         for name in journal.siblings(target):
             sibling, _ = self._units.fellows(os.path.join(os.path.dirname(target), name))
