@@ -39,7 +39,7 @@ def begin(marker: str, content: dict[str, Any], number: int, report: Report) -> 
             for path, other in marks.items():
                 set_aside(directory, path, other, report)
             marks = {}
-        except OSError as error:  # On Windows: another program has a file open.
+        except (OSError, KeyError) as error:  # On Windows, another program has a file open; or it is an old mark.
             report.say_once(os.path.basename(marker), f"what a crash left in {directory} stays there: {error!r}")
     for other in marks.values():
         # Another rank is writing it, or a dead process was: what these have put in place was never complete.
