@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -405,6 +406,19 @@ def test_a_damaged_file_of_a_pair_without_a_whole_one_to_go_back_to_is_refused(t
     assert code == 1 and "belong together" in output, output
 
 
+def test_versions_whose_save_is_not_known_do_not_stand_in_for_a_damaged_pair(tmp_path: Path) -> None:
+    """As what was saved before saves had numbers: G of epoch 1 and D of epoch 2 have none."""
+    assert start(tmp_path, textwrap.dedent(SAVE_PAIR) + "both(1), both(2)", *GPT_SOVITS)[0] == 0
+    for path in (tmp_path / ".lastgood").glob("?_*.jsonl"):
+        path.write_text(re.sub(r', "save": \d+', "", path.read_text()))
+    for path in (tmp_path / ".lastgood" / "history").glob("D_*"):
+        path.unlink()
+    damage(tmp_path / "G_233333333333.pth")
+    load = "import torch; print([torch.load(f'{letter}_233333333333.pth') for letter in 'DG'])"
+    code, output = start(tmp_path, load, *GPT_SOVITS, "--fallback")
+    assert code == 1 and "belong together" in output, output
+
+
 def test_a_damaged_file_of_a_directory_is_not_replaced_by_another_rank_s(tmp_path: Path) -> None:
     assert run(tmp_path, "part('rng_state_0', 0), part('rng_state_1', 1)")[0] == 0
     damage(tmp_path / "checkpoint-1" / "rng_state_1.pth")
@@ -515,7 +529,7 @@ def test_a_pair_that_another_rank_completed_is_complete_though_rank_0_was_killed
             torch.serialization._legacy_save({"iteration": 2}, open("other", "wb"), __import__("pickle"), 2)
             replace("other", target)
             theirs = journal.Version(os.stat(target).st_size, -1, mine.time, 1, mine.round, mine.run)
-            theirs.inode = os.stat(target).st_ino
+            theirs.inode, theirs.save = os.stat(target).st_ino, mine.save
             journal.write(target, [*before, theirs, mine])
             os.kill(os.getpid(), 9)
         system.replace = moved

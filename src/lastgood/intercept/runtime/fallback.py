@@ -97,8 +97,9 @@ class Fallback:
     def _whole_ones(self, target: str, group: list[str]) -> Iterator[tuple[float, dict[str, str]]]:
         """What can stand in for a group, newest first: its earlier versions, and those of other steps."""
         found = []
-        for version in journal.read(target):
-            paths = {one: journal.path_of_round(one, version) for one in group}
+        # Of what was saved before saves had numbers, nothing shows what fits together.
+        for version in [version for version in journal.read(target) if version.save]:
+            paths = {one: journal.path_of_save(one, version.save) for one in group}
             found.append((version.time, {one: there for one, there in paths.items() if there is not None}))
         for name in journal.siblings(target):
             sibling, _ = self._units.fellows(os.path.join(os.path.dirname(target), name))

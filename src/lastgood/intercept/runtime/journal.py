@@ -52,6 +52,8 @@ class Version:
     holds the checksums that torch computed of everything before."""
     kept: str = ""
     """The name of a hard link in ``.lastgood/history`` that holds this version."""
+    save: int = 0
+    """Of a file that is saved together with others: the number of the save, which these have too (see `groups`)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ def read(target: str) -> list[Version]:
                 begin = 0
     except OSError:
         return []
+
+
+def lying(target: str, versions: list[Version] | None = None) -> Version | None:
+    """The version that lies in its place; None where nothing does, or what somebody else has put there.
+
+    It is not always the newest: a save may have been cut off before its file was in place.
+    """
+    try:
+        status = os.stat(target)
+    except FileNotFoundError:
+        return None
+    found = read(target) if versions is None else versions
+    there = [version for version in found if (version.inode, version.size) == (status.st_ino, status.st_size)]
+    return there[-1] if there else None
+
+
+def unknown(target: str) -> Version:
+    """An entry for a file of which only this is known, that it lies there."""
+    status = os.stat(target)
+    return Version(status.st_size, NO_CHECKSUM, status.st_mtime, inode=status.st_ino)
 
 
 def write(target: str, versions: list[Version]) -> None:
@@ -225,11 +247,10 @@ def siblings(target: str) -> list[str]:
     return [name for name in names if name != own and family(name) == family(own)]
 
 
-def path_of_round(target: str, like: Version) -> str | None:
-    """Where the version lies, intact, that was saved in the same round of the same run as `like`, which may be another
-    file's; None where it does not."""
+def path_of_save(target: str, save: int) -> str | None:
+    """Where the version of a file of a group lies, intact, that is of the save of this number; None: nowhere."""
     for version in read(target):
-        if not version.run or (version.run, version.round) != (like.run, like.round):
+        if version.save != save:
             continue
         for path in (target, *([history_path(target, version.kept)] if version.kept else [])):
             # Not check(): for that a file is good that is whole, whatever its version.

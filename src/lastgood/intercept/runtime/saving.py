@@ -232,23 +232,28 @@ class Saver:
             rank = 0
             round_ += ahead
         try:
-            with system.locked(target):
+            with self.units.locked(target):
                 inode = os.stat(source).st_ino
                 versions = journal.read(target)
                 if rank:
-                    theirs = self._of_rank_zero(versions, round_, before, called)
+                    lies = journal.lying(target, versions)
+                    # A later one has never got there, for its writer was killed; or it was taken back.
+                    placed = [version for version in versions if lies is not None and version.time <= lies.time]
+                    theirs = self._of_rank_zero(placed, round_, before, called)
                     if theirs is not None:
                         self.report.add(collisions=1)
                         system.remove(source)
-                        self.units.left(target)
+                        self.units.left(target, theirs.save)
                         self.mine[target] = Known(theirs.size, theirs.crc32, theirs.inode, called, theirs.begins)
                         return False
-                self.units.begin(target)
+                save = self.units.begin(target)
                 now = time.time()
+                if save:
+                    versions = journal.read(target)  # What lies there may have got a number.
                 versions = self._keep_old(target, self._without_oldest(target, versions))
                 program = os.path.basename(sys.argv[0]) if sys.argv else ""
                 new = journal.Version(size, crc, now, -1 if rank is None else rank, round_, self.settings.run, program)
-                new.inode, new.begins = inode, begins
+                new.inode, new.begins, new.save = inode, begins, save
                 journal.write(target, [*versions, new])
                 with system.freed_in_background(target):
                     system.patiently(
@@ -351,14 +356,11 @@ class Saver:
         """Link the file that is about to be replaced into the history."""
         if not self.settings.history or not system.isfile(target):
             return versions
-        status = os.stat(target)
-        there = [v for v in versions if v.inode == status.st_ino and v.size == status.st_size]
-        # The newest entry is not always what lies there: a save may have been cut off before its file was in place.
-        if not there:
-            there = [journal.Version(status.st_size, journal.NO_CHECKSUM, status.st_mtime, inode=status.st_ino)]
-            versions = [*versions, there[0]]
-        current = there[-1]
-        if self.units.is_half_of_a_save(target, current.time):
+        current = journal.lying(target, versions)
+        if current is None:
+            current = journal.unknown(target)
+            versions = [*versions, current]
+        if self.units.is_half_of_a_save(target, current):
             return versions
         name = f"{os.path.basename(target)}.{int(current.time * 1000)}"
         link = journal.history_path(target, name)
@@ -423,7 +425,7 @@ class Saver:
             return True
         try:
             # Other ranks may save under the same temporary name: what we saved must not change while we move it.
-            with system.locked(source, target) if source in self.mine else contextlib.nullcontext():
+            with self.units.locked(target, source) if source in self.mine else contextlib.nullcontext():
                 return self._move(source, target, rename, called, across)
         except FileNotFoundError as error:
             # Where it is gone, another rank may have moved it, with the lock or, after a deadline, without.

@@ -6,8 +6,10 @@ earlier version back.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,11 +32,11 @@ def files_of(directory: str, names: list[str]) -> list[str]:
     return found
 
 
-def marks(directory: str, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def marks(directory: str, beginning: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The marks of unfinished checkpoints in `directory`, with what they say."""
     private = os.path.join(directory, PRIVATE)
     for name in system.listdir(private) if os.path.isdir(private) else []:
-        if not name.startswith(prefix):
+        if not name.startswith(beginning):
             continue
         try:
             with system.open_file(os.path.join(private, name), encoding="utf-8") as file:
@@ -52,66 +54,75 @@ def lives(content: dict[str, Any]) -> bool:
     return not born or not content["birth"] or content["birth"] == born
 
 
+def prefix(marker: str) -> str:
+    """How the names of all marks of the checkpoint begin that has this one."""
+    return os.path.basename(marker).rsplit("-", 1)[0]
+
+
+def may_live(content: dict[str, Any]) -> bool:
+    """Whether the process of a mark still runs; or may do so, on another host."""
+    return content["host"] != socket.gethostname() or lives(content)
+
+
 def set_aside(directory: str, marker: str, content: dict[str, Any], report: Report) -> None:
-    """Deal with a checkpoint whose writer is dead, and remove its mark."""
+    """Deal with a directory whose writer is dead, and remove its mark."""
     with system.locked(os.path.dirname(marker)):
         if not system.exists(marker):
             return
-        if content["group"]:
-            _take_back_group(directory, content, report)
-        elif content.get("there"):
+        if content.get("there"):
             placed = files_of(directory, content["names"])
             placed = [name for name in placed if _is_placed(directory, name, content["began"])]
             _take_back(directory, placed, content, f"the other files of {content['names'][0]}", report)
         else:
             for name in content["names"]:
-                _hide_away(directory, name, "was not completely written when its program ended", report)
+                hide_away(directory, name, "was not completely written when its program ended", report)
         system.remove(marker)
-
-
-def _take_back_group(directory: str, content: dict[str, Any], report: Report) -> None:
-    placed = [name for name in content["names"] if _is_placed(directory, name, content["began"])]
-    others = [name for name in content["names"] if name not in placed]
-    if has_family(
-        directory, others
-    ):  # Else all are there; or the program never writes the others, and there's no pair.
-        _take_back(directory, placed, content, ", ".join(others), report)
 
 
 def _take_back(directory: str, placed: list[str], content: dict[str, Any], others: str, report: Report) -> None:
     """Give the files that were replaced before the crash their earlier versions, as the others have."""
     for name in placed:
         target = os.path.join(directory, name)
-        versions = journal.read(target)
         kept = [
-            index
-            for index, version in enumerate(versions)
+            version
+            for version in journal.read(target)
             if version.kept
             and version.time < content["began"]
             and system.exists(journal.history_path(target, version.kept))
         ]
         found = f"was saved and {others} was not when the program ended"
         if kept:
-            version = versions[kept[-1]]
-            temporary = system.temporary(target)
-            system.copyfile(journal.history_path(target, version.kept), temporary)
-            system.sync_path(temporary)
-            system.replace(temporary, target)
-            system.sync_dir(os.path.dirname(target))
-            version.inode = os.stat(target).st_ino
-            journal.write(target, versions[: kept[-1] + 1])
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(version.time))
-            report.add(set_aside=1)
-            report.say(f"{target} {found}: the version of {when} is back, which fits")
-        elif name in content.get("there", ()):
-            # It may be the only one of its name, without which some programs begin anew.
-            report.say(f"{target} {found}. There is no earlier version of it (see --history), so it stays as it is")
+            bring_back(target, kept[-1], found, report)
+        elif name in content["there"]:
+            say_that_it_stays(target, found, report)
         else:
-            _hide_away(directory, name, found, report)
+            hide_away(directory, name, found, report)
             journal.forget(target)
 
 
-def _hide_away(directory: str, name: str, found: str, report: Report) -> None:
+def bring_back(target: str, version: journal.Version, found: str, report: Report) -> None:
+    """Put a version from the history in place again."""
+    temporary = system.temporary(target)
+    system.copyfile(journal.history_path(target, version.kept), temporary)
+    system.sync_path(temporary)
+    # In the journal before it is in place, as every file. What is in the history is its, and not two entries'.
+    back = dataclasses.replace(version, inode=os.stat(temporary).st_ino)
+    others = [dataclasses.replace(one, kept="") if one.kept == version.kept else one for one in journal.read(target)]
+    journal.write(target, [*others, back])
+    system.replace(temporary, target)
+    system.sync_dir(os.path.dirname(target))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(version.time))
+    report.add(set_aside=1)
+    report.say(f"{target} {found}: the version of {when} is back, which fits")
+
+
+def say_that_it_stays(target: str, found: str, report: Report) -> None:
+    """It may be the only one of its name, without which some programs begin anew."""
+    report.say(f"{target} {found}. There is no earlier version of it (see --history), so it stays as it is")
+
+
+def hide_away(directory: str, name: str, found: str, report: Report) -> None:
+    """Move what was not completely saved to where no program looks for it."""
     source = os.path.join(directory, name)
     if not system.exists(source):
         return
@@ -123,21 +134,6 @@ def _hide_away(directory: str, name: str, found: str, report: Report) -> None:
 
 
 def _is_placed(directory: str, name: str, began: float) -> bool:
-    """Whether what has this name now was put in place after `began`.
-
-    The newest entry of its journal alone does not tell: it is written before, and its writer may have been killed in
-    between, when another rank had put its own file there.
-    """
-    target = os.path.join(directory, name)
-    try:
-        inode = os.stat(target).st_ino
-    except FileNotFoundError:
-        return False
-    entries = [version for version in journal.read(target) if version.inode == inode]
-    return bool(entries) and entries[-1].time >= began
-
-
-def has_family(directory: str, names: list[str]) -> bool:
-    """Whether a file is there that has one of these names, whatever its numbers."""
-    wanted = {journal.family(name) for name in names}
-    return any(journal.family(there) in wanted for there in system.listdir(directory))
+    """Whether what has this name now was put in place after `began`."""
+    version = journal.lying(os.path.join(directory, name))
+    return version is not None and version.time >= began

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import system, unfinished
+from . import groups, journal, system, unfinished
 from .report import Report
 from .settings import PRIVATE, SIDE_FILES, Settings
 
@@ -51,11 +51,11 @@ class Mark:
     """What this process knows of a checkpoint that it is writing, beside what the file says."""
 
     content: dict[str, Any]
-    before: list[str]
+    before: list[str] = field(default_factory=list)
     """The marks of other ranks for the save before this one."""
-    outdated: list[str]
+    outdated: list[str] = field(default_factory=list)
     """The marks of dead writers of the same checkpoint, which could not be set aside and is written anew."""
-    saved: list[str]
+    saved: list[str] = field(default_factory=list)
     """Its files that are in place, in the order of their saves."""
     failed: set[str] = field(default_factory=set)
     """Its files whose last save failed."""
@@ -86,8 +86,6 @@ class Units:
         self._open: dict[str, Mark] = {}
         self._rounds: dict[str, int] = {}
         """By mark: how often this process has begun to write the checkpoint."""
-        self._left: dict[str, list[str]] = {}
-        """By the mark that there would be: files of a group that rank 0 has put in place for this rank."""
         self._writing: dict[str, str] = {}
         """Temporary files that are being written: which files of directories they will be."""
         self._frameworks: list[set[str]] = []
@@ -153,22 +151,34 @@ class Units:
         if self._writing.pop(temporary, None) is not None:
             self._end_when_idle()
 
+    def locked(self, target: str, *others: str) -> contextlib.AbstractContextManager[None]:
+        """Only one process at a time does something with a file, all files of its group, and others."""
+        unit = self.unit_of(target)
+        return system.locked(*(unit.paths if unit is not None and unit.group else [target]), *others)
+
     @_alone
-    def begin(self, target: str) -> None:
-        """A file of a checkpoint is about to be written or put in place."""
+    def begin(self, target: str, number: int = 0) -> int:
+        """A file of a checkpoint is about to be written or put in place. Returns the number of a group's save.
+
+        Args:
+            number: of the save that rank 0 has begun, in which this rank is; 0: that is to be found out.
+        """
         unit = self.unit_of(target)
         if unit is None:
-            return
+            return 0
         self.exit_status = None
         marker = self._marker(unit)
         mark = self._open.get(marker)
-        if mark is not None and not unit.group and self._begins_anew(mark, target):
-            self._end(marker)
+        if mark is not None and self._begins_anew(unit, mark, target):
+            if not unit.group:
+                self._end(marker)
             mark = None
         if mark is None:
             if not unit.group:
                 self._end_directories(unit.directory)
-            mark = self._open[marker] = self._new(unit, marker)
+            mark = self._open[marker] = (
+                self._new_of_group(unit, marker, number) if unit.group else self._new(unit, marker)
+            )
             self._write(marker)
             for path in mark.before:
                 with contextlib.suppress(OSError):  # That rank has removed it by now.
@@ -176,10 +186,11 @@ class Units:
         if self._frameworks and not unit.group:
             mark.told = True
             self._frameworks[-1].add(marker)
+        return int(mark.content.get("save", 0))
 
-    def _new(self, unit: Unit, marker: str) -> Mark:
+    def _content(self, unit: Unit, marker: str) -> dict[str, Any]:
         self._rounds[marker] = self._rounds.get(marker, 0) + 1
-        content: dict[str, Any] = {
+        return {
             "run": self._settings.run,
             "host": system.host(),
             "pid": os.getpid(),
@@ -191,11 +202,14 @@ class Units:
             "began": time.time(),
             "there": unfinished.files_of(unit.directory, unit.names),
         }
+
+    def _new(self, unit: Unit, marker: str) -> Mark:
+        content = self._content(unit, marker)
         before, outdated = [], []
-        for path, other in unfinished.marks(unit.directory, os.path.basename(marker).rsplit("-", 1)[0]):
+        for path, other in unfinished.marks(unit.directory, unfinished.prefix(marker)):
             if other["host"] != content["host"]:
                 continue
-            if not unit.group and other["run"] == content["run"] and other.get("round", 0) < content["round"]:
+            if other["run"] == content["run"] and other.get("round", 0) < content["round"]:
                 # Another rank's, of the save before: this one would not have begun the next if it had not ended.
                 before.append(path)
                 continue
@@ -204,13 +218,20 @@ class Units:
             content["there"] = [name for name in content["there"] if name in other.get("there", [])]
             if path != marker and not unfinished.lives(other):
                 outdated.append(path)
-        return Mark(content, before, outdated, self._left.pop(marker, []))
+        return Mark(content, before, outdated)
 
-    def _begins_anew(self, mark: Mark, target: str) -> bool:
-        """Whether the program, which saves a file of a directory for the second time, overwrites the whole directory.
+    def _new_of_group(self, unit: Unit, marker: str, number: int) -> Mark:
+        content = self._content(unit, marker)
+        groups.begin(marker, content, number, self._report)
+        return Mark(content)
 
-        Some write a JSON file twice in one save: it counts where they begin with it.
+    def _begins_anew(self, unit: Unit, mark: Mark, target: str) -> bool:
+        """Whether the program, which saves a file of a checkpoint for the second time, overwrites the whole checkpoint.
+
+        Some write a JSON file of a directory twice in one save: it counts where they begin with it.
         """
+        if unit.group:
+            return target in mark.saved
         if mark.told or mark.failed or target not in mark.saved:
             return False
         return target == mark.saved[0] or not target.endswith(SIDE_FILES)
@@ -238,33 +259,26 @@ class Units:
         elif set(mark.saved) == unit.paths:
             self._end(self._marker(unit))
 
-    @_alone
-    def left(self, target: str) -> None:
-        """Rank 0 has put this file in place, for this rank too."""
+    def left(self, target: str, number: int) -> None:
+        """Rank 0 has put this file in place, for this rank too; of a group, in the save of this number."""
         unit = self.unit_of(target)
-        if unit is None or not unit.group:
-            return
-        marker = self._marker(unit)
-        if marker in self._open:
+        if unit is not None and unit.group:
+            self.begin(target, number)
             self.saved(target)
-            return
-        left = self._left.setdefault(marker, [])
-        left.append(target)
-        if set(left) == unit.paths:
-            del self._left[marker]
 
     @_alone
-    def is_half_of_a_save(self, target: str, put: float) -> bool:
-        """Whether what was put in place at `put` belongs to a checkpoint that is not finished yet.
+    def is_half_of_a_save(self, target: str, version: journal.Version) -> bool:
+        """Whether a version of a file belongs to a checkpoint that is not finished, as far as this process knows.
 
         To go back to it would be to go back to what was never complete, so that it is no earlier version.
         """
         unit = self.unit_of(target)
         mark = self._open.get(self._marker(unit)) if unit is not None else None
-        if unit is None or mark is None or put < mark.content["began"]:
+        if unit is None or mark is None:
             return False
-        others = [name for name in unit.names if name != os.path.basename(target)]
-        return not unit.group or unfinished.has_family(unit.directory, others)
+        if unit.group:
+            return groups.is_half_of_a_save(unit.directory, unit.names, target, version.save, mark.content["save"])
+        return bool(version.time >= mark.content["began"])
 
     @contextlib.contextmanager
     def of_framework(self) -> Iterator[None]:
@@ -290,7 +304,6 @@ class Units:
         """A child writes checkpoints of its own, if any."""
         self._open = {}
         self._rounds = {}
-        self._left = {}
         self._writing = {}
         self._frameworks = []
         self.exit_status = None
@@ -367,7 +380,8 @@ class Units:
                 else:
                     # Until it is out of the way: on Windows, a program that has a file in it open can prevent that.
                     hidden.update(new)
-                    unfinished.set_aside(directory, marker, content, self._report)
+                    kind = groups if content["group"] else unfinished
+                    kind.set_aside(directory, marker, content, self._report)
                     hidden.difference_update(new)
             except FileNotFoundError:
                 continue  # Another rank was faster.
