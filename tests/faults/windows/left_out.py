@@ -16,6 +16,7 @@ LEFT_OUT: dict[str, str] = {
     "test_cuda.py": "needs CUDA",
     "test_end_of_program.py": FORK,
     "test_fork.py": FORK,
+    "test_macos.py": "needs POSIX: macOS is one",
     "test_steady.py::test_a_compiled_step_is_waited_for_or_makes_nothing_steady": COMPILER,
     "cli/test_ls_show.py::test_ten_thousand_checkpoints_are_listed_in_seconds": "Wine: 20,000 new files take minutes",
 }
