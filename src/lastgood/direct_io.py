@@ -115,6 +115,7 @@ class Reader:
                     raise
             self._direct = False
             _set_direct(self._file.fileno(), False)
+            drop_cache(self._file.fileno())
         self._file.seek(begin)
         self._start, self._filled = begin, self._file.readinto(self._block[: ahead - begin])  # type: ignore[attr-defined]
 

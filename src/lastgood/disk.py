@@ -1,4 +1,4 @@
-"""The only module that opens, syncs, renames or deletes.
+"""The only module that opens, syncs, renames or deletes, with its parts :mod:`direct_io` and :mod:`disk_windows`.
 
 Everything that lastgood does to a file system goes through the functions below, so that a test can stand at this one
 door: :data:`observer` is called before and after each operation, and may record it, delay it, raise from it, or kill
