@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lastgood
+from lastgood.placement import is_dense
 
 Objects = dict[str, Any]
 
@@ -34,6 +35,8 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         if one.dtype != two.dtype or one.shape != two.shape:
             return f"{path}: {one.dtype} {list(one.shape)} and {two.dtype} {list(two.shape)}"
+        if one.stride() != two.stride() and not one.is_sparse and is_dense(one.shape, one.stride()):
+            return f"{path}: the strides {one.stride()} and {two.stride()}"
         return None if bits(one) == bits(two) else f"{path}: {one} and {two}"
     if type(one) is not type(two):
         return f"{path}: {type(one)} and {type(two)}"

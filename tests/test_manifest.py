@@ -47,6 +47,7 @@ def example() -> Manifest:
         },
         ranks={0: RankRecord({"r": 1}), 1: RankRecord(None, {"n": 4}, {"x": "rank1/x"})},
         shards=(ShardRecord("00000.safetensors", 4128, 4096, DIGEST), ShardRecord("00001.bin", 4125, 4096, DIGEST)),
+        strides={"model.w": (1, 4)},
     )
 
 
@@ -108,6 +109,7 @@ def test_any_content_is_read_as_it_was_written(
         kinds=dict.fromkeys(objects, "value"),
         program=program,
         tensors=tensors,
+        strides={names[0]: (1, 4)},
         ranks=ranks,
     )
     assert parse(written.to_bytes(), "m") == written
@@ -216,6 +218,12 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "value too deep": (change(["objects", "n"], json.loads("[" * 400 + "]" * 400)), "deep"),
     "objects without kinds": (change(["kinds"], {}), "kind"),
     "no ranks": (change(["ranks"], {}), "rank 0"),
+    "strides of nothing": (change(["strides", "gone"], [1]), "'gone' cannot have the strides"),
+    "strides of fewer dimensions": (change(["strides", "model.w"], [1]), "cannot have the strides"),
+    "strides with a hole": (change(["strides", "model.w"], [1, 5]), "cannot have the strides"),
+    "strides that overlap": (change(["strides", "model.w"], [1, 1]), "cannot have the strides"),
+    "expanded": (change(["strides", "model.w"], [0, 1]), "cannot have the strides"),
+    "negative strides": (change(["strides", "model.w"], [-3, 1]), "no size"),
     "no world": (change(["world_size"], 0), "rank"),
 }
 

@@ -235,6 +235,94 @@ def test_frozen_parameters_have_no_state(tmp_path: Path) -> None:
     assert len(second["opt"].state) == 3
 
 
+class Turned(torch.optim.Optimizer):
+    """Multiplies by matrices that lie in memory column by column, as those of a decomposition do."""
+
+    def __init__(self, parameters: Any, early: bool = False) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        if early:
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["q"] = torch.zeros(parameter.shape[-1], parameter.shape[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            held = self.state[parameter]
+            if "n" not in held:
+                held["n"] = 0
+                held["q"] = torch.randn(parameter.shape[-1], parameter.shape[-1]).t()
+                held["bases"] = [torch.randn(3, 1, 4).permute(2, 0, 1), None]
+            held["n"] += 1
+            parameter.sub_(parameter.grad @ held["q"] * 0.1 * held["bases"][0].sum())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_lies_column_by_column_does_so_again(tmp_path: Path, early: bool) -> None:
+    """A product of it has other last bits where it lies row by row."""
+
+    def make(early: bool = False) -> Objects:
+        return build(lambda parameters: Turned(parameters, early))
+
+    _, second = round_trip(tmp_path, make, train, rebuild=lambda: make(early))
+    (held, *_) = second["opt"].state.values()
+    assert held["q"].stride() == (1, 3) and held["bases"][0].stride() == (1, 4, 4)
+
+
+def test_the_moments_of_a_model_in_channels_last(tmp_path: Path) -> None:
+    def make() -> Objects:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)).to(memory_format=torch.channels_last)
+        return {"model": model, "opt": torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True)}
+
+    def step(objects: Objects) -> None:
+        objects["model"](torch.randn(2, 3, 5, 5)).square().mean().backward()
+        objects["opt"].step()
+        objects["opt"].zero_grad()
+
+    _, second = round_trip(tmp_path, make, step)
+    for parameter, held in second["opt"].state.items():
+        assert held["exp_avg"].stride() == parameter.stride()
+    assert len(second["opt"].state) == 4
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another one, whose state has a form of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.slow = inner, {p: p.detach().clone() for g in inner.param_groups for p in g["params"]}
+        self.steps = 0
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.inner.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+        self.steps += 1
+        if self.steps % 2 == 0:
+            for parameter, slow in self.slow.items():
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner.state_dict(),
+            "slow": {(0, i): s for i, s in enumerate(self.slow.values())},
+            "n": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        self.slow = {p: state["slow"][0, i] for i, p in enumerate(self.slow)}
+        self.steps = state["n"]
+
+
+def test_an_optimizer_around_another_whose_state_has_a_form_of_its_own(tmp_path: Path) -> None:
+    round_trip(tmp_path, lambda: build(lambda parameters: Around(torch.optim.Adam(parameters, lr=0.1))), train)
+
+
 def test_a_group_that_was_added_later_must_be_there_at_restore(tmp_path: Path) -> None:
     def make(added: bool) -> Objects:
         model = net()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +100,19 @@ def test_a_wrapper_without_hooks_is_left_alone() -> None:
 
     _, optimizer = build()
     steady, _ = watched(Wrapper(optimizer))
+    assert not steady.look()[1]
+
+
+def test_a_wrapper_with_some_of_the_hooks_is_left_alone() -> None:
+    class Lookahead(torch.optim.Optimizer):
+        """Makes the hooks of its step by itself, and none of loading."""
+
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()  # type: ignore[assignment]
+            self.param_groups = inner.param_groups
+
+    _, optimizer = build()
+    steady, _ = watched(Lookahead(optimizer))
     assert not steady.look()[1]
 
 

@@ -456,6 +456,11 @@ class Root:
             },
             ranks=ranks,
             shards=tuple(shards),
+            strides={
+                name: part.strides
+                for name, part in request.tensors.items()
+                if part.strides is not None and name in tensors
+            },
         )
 
     def _commit(self, directory: Path, manifest: Manifest, request: Request) -> Written:

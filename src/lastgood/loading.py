@@ -306,24 +306,34 @@ class Loading:
                 continue
             for tensor in tensor_names(held):
                 self._check_carried(tensor, essential=True)
-            self._want_tree(held, by_label.get(label))
+            self._want_tree(held, by_label.get(label), again=True)
         rest = [*(saved["options"] for saved in there), self._tree(name)["shared"], self._tree(name)["extra"]]
         self._check_values(name, tensor_names(rest))
         self._want_tree(rest)
 
-    def _want_tree(self, tree: Json, like: torch.Tensor | None = None) -> None:
+    def _want_tree(self, tree: Json, like: torch.Tensor | None = None, again: bool = False) -> None:
         """Want all tensors of a tree: into the memory of the present state where it has the same, else into new one.
 
-        New memory for a tensor of the shape of `like`, a DTensor, is spread over the ranks as that is.
+        Args:
+            tree: the saved one.
+            like: new memory for a tensor of the shape of this one, a DTensor, is spread over the ranks as that is.
+            again: take new memory also where the present has other strides, for what is computed from it later.
         """
         for name in tensor_names(tree):
             if name in self._loaded:
                 continue
             record = self.manifest.tensors[self._resolve(name)]
             dtype, current = DTYPES[record.dtype], self._current.get(name)
-            if current is None or current.shape != record.shape or current.tensor.dtype != dtype:
-                spread = like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape
-                new = torch.empty_like(like, dtype=dtype) if spread else torch.empty(record.shape, dtype=dtype)  # type: ignore[arg-type]
+            strides = self.manifest.strides.get(name)
+            fits = current is not None and current.shape == record.shape and current.tensor.dtype == dtype
+            if current is None or not fits or (again and current.strides != strides):
+                if like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape:
+                    new = torch.empty_like(like, dtype=dtype)
+                elif strides is not None and self.manifest.tensors[name].shape == record.shape:
+                    # Sums over it come out the same only in the same order.
+                    new = torch.empty_strided(record.shape, strides, dtype=dtype)
+                else:
+                    new = torch.empty(record.shape, dtype=dtype)
                 current = local_part(new, name)
             self._wants.append(Want(self._resolve(name), current.tensor, current.offsets))
             self._loaded[name] = current.whole

@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from lastgood.errors import DamagedError
+from lastgood.placement import is_dense
 from lastgood.values import Json, tensor_names
 
 FORMAT = 1
@@ -115,6 +116,8 @@ class Manifest:
     tensors: dict[str, TensorRecord]
     ranks: dict[int, RankRecord]
     shards: tuple[ShardRecord, ...]
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By name, those in memory of tensors that did not lie there row by row, as they do in the shards."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -149,6 +152,7 @@ class Manifest:
                 for rank, r in self.ranks.items()
             },
             "shards": [[s.file, s.size, s.header_size, s.header_checksum] for s in self.shards],
+            "strides": self.strides,
         }
 
 
@@ -291,6 +295,7 @@ def _from_json(body: Json) -> Manifest:
             ShardRecord(text(file), whole(size), whole(header), text(digest))
             for file, size, header, digest in body["shards"]
         ),
+        strides={name: sizes(strides) for name, strides in mapping(body.get("strides", {})).items()},
     )
 
 
@@ -323,6 +328,10 @@ def _check(manifest: Manifest) -> None:
             at = end
         if at != shard.size:
             raise ValueError(f"the tensors of {shard.file} end at byte {at}, the file at {shard.size}")
+    for name, strides in manifest.strides.items():
+        shape = manifest.tensors[name].shape if name in manifest.tensors else None
+        if shape is None or len(shape) != len(strides) or not is_dense(shape, strides):
+            raise ValueError(f"tensor {name!r} cannot have the strides {list(strides)}")
     for rank, record in manifest.ranks.items():
         if not 0 <= rank < manifest.world_size:
             raise ValueError(f"there is no rank {rank} among {manifest.world_size}")

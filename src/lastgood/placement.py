@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,3 +44,21 @@ class LocalTensor:
     """The name that safetensors gives its type."""
     writes: bool = True
     """For SHARDED: False on a rank that holds a second copy of a box."""
+    strides: tuple[int, ...] | None = None
+    """Those in memory, of a tensor that is not SHARDED, has no holes, and does not lie there row by row."""
+
+
+def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor that lies in memory row by row."""
+    steps = itertools.accumulate(reversed(shape[1:]), lambda step, size: step * max(size, 1), initial=1)
+    return tuple(steps)[::-1] if shape else ()
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides give every element a place of its own, without holes."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

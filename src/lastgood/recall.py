@@ -191,8 +191,9 @@ class Memory:
     """By optimizer, the names of its parameters."""
     seen: dict[int, list[str]]
     """By address, the tensors that begin there."""
-    kept: list[tuple[int, str, Placement, tuple[int, ...], tuple[int, ...], str]]
-    """Of every tensor that is saved: its place among those of the sight, its name, placement, shape, offsets and type.
+    kept: list[tuple[int, str, Placement, tuple[int, ...], tuple[int, ...], str, tuple[int, ...] | None]]
+    """Of every tensor that is saved: its place among those of the sight, its name, placement, shape, offsets, type and
+    unusual strides.
     """
     index: dict[str, int] = field(init=False)
     """By name, the place of a tensor that is saved among those of the sight."""
@@ -216,8 +217,8 @@ class Memory:
         """The tensors by name, as they are now."""
         found = sight.tensors
         return {
-            name: LocalTensor(found[index], placement, shape, offsets, found[index], dtype)
-            for index, name, placement, shape, offsets, dtype in self.kept
+            name: LocalTensor(found[index], placement, shape, offsets, found[index], dtype, strides=strides)
+            for index, name, placement, shape, offsets, dtype, strides in self.kept
         }
 
     def tree(self, given: Given) -> dict[str, Any]:
@@ -298,8 +299,9 @@ def learn(
     for index, name in enumerate(names):
         first.setdefault(name, index)
     kept = [
-        (index, name, tensors[name].placement, tensors[name].shape, tensors[name].offsets, tensors[name].dtype)
+        (index, name, one.placement, one.shape, one.offsets, one.dtype, one.strides)
         for name, index in first.items()
+        for one in [tensors[name]]
     ]
     return Memory(sight.signs, sight.addresses, _apart(sight.addresses), dict(trees), labels, dict(seen), kept)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from lastgood import values
 from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
-from lastgood.placement import LocalTensor, Placement
+from lastgood.placement import LocalTensor, Placement, is_dense, row_strides
 from lastgood.recall import Given, Memory, Sight, learn, look
 from lastgood.values import Json
 
@@ -73,13 +74,29 @@ def kind_of(value: Any) -> str:
     """What an object is to us: module, optimizer, stateful, generator, value."""
     if isinstance(value, nn.Module):
         return "module"
-    if isinstance(value, torch.optim.Optimizer):
+    if isinstance(value, torch.optim.Optimizer) and _is_usual(value):
         return "optimizer"
     if isinstance(value, torch.Generator):
         return "generator"
     if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
         return "stateful"
     return "value"
+
+
+_usual: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _is_usual(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its ``state_dict`` is one of torch's form. That of a class around another optimizer may be of any."""
+    kind = type(optimizer)
+    if kind.state_dict is torch.optim.Optimizer.state_dict:
+        return True
+    if kind not in _usual:
+        try:
+            _usual[kind] = {"state", "param_groups"} <= set(optimizer.state_dict())
+        except Exception:
+            return True  # The save that asks for it, too, says why there is none.
+    return _usual[kind]
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -482,8 +499,12 @@ def local_part(tensor: torch.Tensor, path: str) -> LocalTensor:
             "Give it some (to_empty and an initialisation), or leave it out with leave_out=[...]."
         )
     plain = tensor.detach() if tensor.requires_grad else tensor
-    shape = tuple(tensor.shape)
-    return LocalTensor(plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain, dtype_name(plain.dtype, path))
+    shape, strides = tuple(tensor.shape), plain.stride()
+    unusual = strides != row_strides(shape) and plain.numel() and is_dense(shape, strides)
+    dtype = dtype_name(plain.dtype, path)
+    return LocalTensor(
+        plain, Placement.UNKNOWN, shape, (0,) * len(shape), plain, dtype, strides=strides if unusual else None
+    )
 
 
 def _dtensor_part(tensor: Any, path: str) -> LocalTensor:

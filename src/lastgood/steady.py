@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 OVERLAP_BYTES = 32 << 10
 """Smaller tensors are copied at once: that takes no longer than to arrange for the copy."""
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
+_HOOKS = "_optimizer_step_pre_hooks", "_optimizer_load_state_dict_pre_hooks"
 
 
 class Steady:
@@ -40,8 +41,8 @@ class Steady:
         Modules get no hook: it would travel with every copy and pickle of them.
         """
         for value in objects.values():
-            # A wrapper that only looks like an optimizer has no hooks; what it wraps may be registered, too.
-            if isinstance(value, torch.optim.Optimizer) and hasattr(value, "_optimizer_step_pre_hooks"):
+            # A wrapper that only looks like an optimizer has no hooks, or some; what it wraps may be registered, too.
+            if isinstance(value, torch.optim.Optimizer) and all(hasattr(value, hooks) for hooks in _HOOKS):
                 if value in self._steps:
                     continue
                 self._steps[value] = 0
