@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lastgood
+from lastgood.composed import is_composed, take_apart
 from lastgood.placement import is_dense
 
 Objects = dict[str, Any]
@@ -32,6 +33,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def difference(one: Any, two: Any, path: str = "") -> str | None:
     """Where two values differ in type or in a bit; None where they do not."""
+    if is_composed(type(one)) and type(one) is type(two):
+        return difference(take_apart(one), take_apart(two), path)
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         if one.dtype != two.dtype or one.shape != two.shape:
             return f"{path}: {one.dtype} {list(one.shape)} and {two.dtype} {list(two.shape)}"

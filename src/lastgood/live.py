@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lastgood.composed import is_composed, plain_parts, take_apart
 from lastgood.state import matches, memory_key
 
 
@@ -59,11 +60,12 @@ def is_value(key: str, item: Any) -> bool:
 
 def is_plain(module: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether every tensor of the state_dict is the memory of a parameter or buffer, and nothing wants to hear."""
-    owned = {_address(tensor) for tensor in [*module.parameters(), *module.buffers()]} | {None}
+    tensors = [*module.parameters(), *module.buffers()]
+    owned = {_address(part) for tensor in tensors for part in plain_parts(tensor)} | {None}
     for tensor in state.values():
         if not isinstance(tensor, torch.Tensor):
             return False
-        if tensor.numel() and _address(tensor) not in owned:
+        if any(part.numel() and _address(part) not in owned for part in plain_parts(tensor)):
             return False
     for child in module.modules():
         hooks = getattr(child, "_load_state_dict_pre_hooks", None), getattr(child, "_load_state_dict_post_hooks", None)
@@ -108,6 +110,13 @@ def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any
         if isinstance(value, torch.Tensor) and _address(value) is not None:
             taken.add(memory_key(value))
         return value
+    if is_composed(type(value)) and type(value) is type(saved):
+        (parts, context), (theirs, other) = take_apart(value), take_apart(saved)
+        if parts.keys() != theirs.keys() or context != other:
+            return saved
+        for name, part in parts.items():
+            into_value(part, theirs[name], taken, top)
+        return value if top else saved
     if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
         key = memory_key(value)
         if key == memory_key(saved):

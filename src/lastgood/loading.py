@@ -16,6 +16,7 @@ from torch import nn
 
 from lastgood import values
 from lastgood.catalog import Entry
+from lastgood.composed import find, is_composed, name_of, take_apart
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.live import derive_generator, into_value, is_plain, is_value, keep_left_out, uncast
@@ -253,17 +254,7 @@ class Loading:
                 self._check_values(path, tensor_names(tree))
                 self._want_tree(tree)
                 continue
-            if not isinstance(tree, dict) or tree.get("$") != "tensor":
-                self._problem(f"{path} was saved as a value and is a tensor here")
-                continue
-            self._check_carried(tree["v"], key in parameters)
-            local = local_part(tensor, path)
-            memory = memory_key(local.tensor) if local.tensor.numel() else (path,)
-            other = self._filled.setdefault(memory, (path, tree["v"]))
-            if other[1] != tree["v"]:
-                self._problem(f"{path} and {other[0]} are one tensor here, and were saved with different values")
-            elif other[0] == path:
-                self._want(path, tree["v"], local)
+            self._prepare_tensor(path, tensor, tree, key in parameters)
         for key in saved:
             if not matches(f"{name}.{key}", self.leave_out):
                 self._problem(f"{name}.{key} is in the checkpoint but not in the model")
@@ -272,6 +263,35 @@ class Loading:
         self._check_values(name, tensor_names(gradients), "gradients or other values")
         for key, tree in gradients.items():
             self._want_tree(tree, by_key.get(key))
+
+    def _prepare_tensor(self, path: str, tensor: torch.Tensor, tree: Json, essential: bool) -> None:
+        kind = tree.get("$") if isinstance(tree, dict) else None
+        if kind not in ("tensor", "composed"):
+            self._problem(f"{path} was saved as a value and is a tensor here")
+        elif (kind == "composed") != is_composed(type(tensor)):
+            there = tree["class"] if kind == "composed" else "plain tensor"
+            self._problem(f"{path} is a {there} in the checkpoint and a {name_of(type(tensor))} here")
+        elif kind == "composed":
+            parts, context = take_apart(tensor)
+            described = values.encode(context, path, lambda name, _: name)
+            here, there = f"{name_of(type(tensor))} {list(tensor.shape)}", f"{tree['class']} {tree['shape']}"
+            if here != there:
+                self._problem(f"{path} is a {there} in the checkpoint and a {here} here")
+                return
+            if (parts.keys(), described) != (tree["v"].keys(), tree["context"]):
+                self._problem(f"{path} is a {there} that was made with other settings than here")
+                return
+            for name, part in parts.items():
+                self._prepare_tensor(f"{path}.{name}", part, tree["v"][name], essential)
+        else:
+            self._check_carried(tree["v"], essential)
+            local = local_part(tensor, path)
+            memory = memory_key(local.tensor) if local.tensor.numel() else (path,)
+            other = self._filled.setdefault(memory, (path, tree["v"]))
+            if other[1] != tree["v"]:
+                self._problem(f"{path} and {other[0]} are one tensor here, and were saved with different values")
+            elif other[0] == path:
+                self._want(path, tree["v"], local)
 
     def _want(self, path: str, name: str, local: LocalTensor) -> None:
         record = self.manifest.tensors[self._resolve(name)]
@@ -319,6 +339,8 @@ class Loading:
             like: new memory for a tensor of the shape of this one, a DTensor, is spread over the ranks as that is.
             again: take new memory also where the present has other strides, for what is computed from it later.
         """
+        for kind in values.composed_classes(tree):
+            find(kind)
         for name in tensor_names(tree):
             if name in self._loaded:
                 continue

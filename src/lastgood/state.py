@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lastgood import values
+from lastgood.composed import is_composed, name_of, plain_parts
 from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
 from lastgood.placement import LocalTensor, Placement, is_dense, row_strides
@@ -196,7 +197,8 @@ def unsaved_parameters(objects: Mapping[str, Any], state: State) -> dict[str, li
         if isinstance(value, torch.optim.Optimizer):
             parameters = [parameter for group in value.param_groups for parameter in group["params"]]
             for label, parameter in zip(optimizer_names(name, value, names), parameters, strict=True):
-                if id(parameter) not in names and local_part(parameter, label).tensor.data_ptr() not in saved:
+                parts = [local_part(part, label).tensor.data_ptr() for part in plain_parts(parameter)]
+                if id(parameter) not in names and not saved.issuperset(parts):
                     found.setdefault(name, []).append(label)
     return found
 
@@ -520,6 +522,11 @@ def _dtensor_part(tensor: Any, path: str) -> LocalTensor:
         coordinate[i] == 0 for i, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)
     )
     local = tensor.to_local().detach()
+    if is_composed(type(local)):
+        raise LastGoodError(
+            f"{path}: a DTensor whose parts are of the class {name_of(type(local))} cannot be saved. Nothing was "
+            "written. Convert it to a plain tensor, or leave it out with leave_out=[...]."
+        )
     writes = writes and local.numel() > 0
     dtype = dtype_name(local.dtype, path)
     return LocalTensor(local, Placement.SHARDED, tuple(tensor.shape), tuple(offsets), tensor, dtype, writes)

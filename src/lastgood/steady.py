@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from lastgood.composed import plain_parts
+
 OVERLAP_BYTES = 32 << 10
 """Smaller tensors are copied at once: that takes no longer than to arrange for the copy."""
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
@@ -101,6 +103,8 @@ def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
     # Where the storage begins, without an object made for each.
     return {
         t.data_ptr() - int(t.storage_offset()) * t.element_size()
-        for t in tensors
-        if t.nbytes >= OVERLAP_BYTES and type(t).__name__ != "DTensor"
+        for one in tensors
+        if one.nbytes >= OVERLAP_BYTES and type(one).__name__ != "DTensor"
+        for t in ((one,) if type(one) in _TENSORS else plain_parts(one))
+        if t.nbytes >= OVERLAP_BYTES
     }

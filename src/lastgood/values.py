@@ -73,6 +73,18 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
         return [_encode(item, f"{path}[{i}]", put, depth + 1) for i, item in enumerate(values)]
 
     if isinstance(value, torch.Tensor):
+        from lastgood import composed
+
+        if composed.is_composed(kind):
+            parts, context = composed.take_apart(value)
+            return {
+                "$": "composed",
+                "v": {name: _encode(part, f"{path}.{name}", put, depth + 1) for name, part in parts.items()},
+                "class": composed.name_of(kind),
+                "context": _encode(context, f"{path}.__tensor_flatten__()", put, depth + 1),
+                "shape": list(value.shape),
+                "strides": list(value.stride()),
+            }
         return {"$": "tensor", "v": put(path, value)}
     if kind is list:
         return items(value)
@@ -177,6 +189,12 @@ def _decode(data: Json, get: Callable[[str], torch.Tensor], depth: int) -> Any:
         return _decode_numpy(v, data["dtype"])
     if kind == "complex":
         return complex(float(v[0]), float(v[1]))
+    if kind == "composed":
+        from lastgood import composed
+
+        parts = {name: _decode(part, get, depth + 1) for name, part in v.items()}
+        context = _decode(data["context"], get, depth + 1)
+        return composed.put_together(composed.find(data["class"]), parts, context, data["shape"], data["strides"])
     if kind == "Size":
         return torch.Size(v)
     if kind == "dtype":
@@ -239,6 +257,13 @@ def tensor_names(tree: Json, depth: int = 0) -> Iterable[str]:
     elif isinstance(tree, list):
         for item in tree:
             yield from tensor_names(item, depth + 1)
+
+
+def composed_classes(tree: Json) -> set[str]:
+    """The names of the classes of all composed tensors in a tree."""
+    below = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    own = {tree["class"]} if isinstance(tree, dict) and tree.get("$") == "composed" else set()
+    return own.union(*map(composed_classes, below))
 
 
 def numpy_in_use() -> bool:
