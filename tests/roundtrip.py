@@ -14,6 +14,8 @@ from torch import nn
 
 import lastgood
 from lastgood.composed import is_composed, take_apart
+from lastgood.generators import is_generator
+from lastgood.generators import state_of as state_of_generator
 from lastgood.placement import is_dense
 
 Objects = dict[str, Any]
@@ -62,8 +64,8 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
         same = one.dtype == two.dtype and one.shape == two.shape
         same = same and (one.tobytes() == two.tobytes() or (one.ndim == 0 and one != one and two != two))
         return None if same else f"{path}: {one} and {two}"
-    if isinstance(one, torch.Generator):
-        return difference(one.get_state(), two.get_state(), path)
+    if is_generator(one) and is_generator(two):
+        return difference(state_of_generator(one), state_of_generator(two), path)
     return None if one == two or (repr(one) == repr(two) and hasattr(one, "__dict__")) else f"{path}: {one} and {two}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,45 @@ def test_generators(tmp_path: Path) -> None:
         return {"g": torch.Generator().manual_seed(random.randrange(1000))}
 
     round_trip(tmp_path, make, lambda o: torch.rand(3, generator=o["g"]))
+
+
+GENERATORS: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]] = {
+    "python": (random.Random, lambda g: (g.random(), g.gauss(0, 1))),
+    "python's subclass": (type("Mine", (random.Random,), {}), lambda g: g.sample(range(9), 3)),
+    "numpy": (np.random.default_rng, lambda g: (g.random(), g.permutation(9), g.integers(9, dtype=np.int32))),
+    "numpy, MT19937": (lambda seed: np.random.Generator(np.random.MT19937(seed)), lambda g: g.standard_normal(3)),
+    "numpy, Philox": (lambda seed: np.random.Generator(np.random.Philox(seed)), lambda g: g.standard_normal(3)),
+    "numpy's older": (np.random.RandomState, lambda g: (g.randn(), g.permutation(9))),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_that_are_not_torchs(tmp_path: Path, kind: str) -> None:
+    build, draw = GENERATORS[kind]
+    round_trip(tmp_path, lambda: {"g": build(random.randrange(1000))}, lambda o: draw(o["g"]))
+    (tensor,) = json.loads((tmp_path / "step-00000003/manifest.json").read_bytes())["manifest"]["tensors"].values()
+    assert tensor[1][0] % 4096 == 0  # The same at every save, however many digits the numbers have.
+
+
+def test_a_generator_of_another_class_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    with lastgood.Checkpointer(tmp_path, g=random.Random(1), n=[1]) as ckpt:
+        ckpt.save(1)
+    other, numbers = np.random.default_rng(2), [2]
+    before = other.bit_generator.state
+    with lastgood.Checkpointer(tmp_path, g=other, n=numbers) as ckpt:
+        with pytest.raises(lastgood.MismatchError, match=r"g is a random\.Random in .* and a numpy.*PCG64 here"):
+            ckpt.restore()
+        assert other.bit_generator.state == before and numbers == [2]
+    with lastgood.Checkpointer(tmp_path, g=other, n=numbers) as ckpt:
+        assert ckpt.restore(strict=False) == 1
+        assert other.bit_generator.state == before and numbers == [1]
+
+
+def test_a_generator_without_a_state_or_inside_a_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lastgood.LastGoodError, match=r"SystemRandom cannot be saved"):
+        lastgood.Checkpointer(tmp_path, g=random.SystemRandom())
+    with pytest.raises(lastgood.LastGoodError, match=r"s\.g: .*Generator cannot be saved as a part of another value"):
+        lastgood.Checkpointer(tmp_path, s={"g": np.random.default_rng(1)})
 
 
 VALUES: dict[str, Any] = {

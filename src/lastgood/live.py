@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,19 +82,6 @@ def _address(tensor: torch.Tensor) -> int | None:
     """Where a tensor's memory begins; None for kinds of tensors that have no single memory."""
     plain = tensor.layout is torch.strided and not tensor.is_nested and type(tensor).__name__ != "DTensor"
     return tensor.data_ptr() if plain else None
-
-
-def derive_generator(generator: torch.Generator, name: str, rank: int, world_size: int, step: int) -> int:
-    """Seed a generator that holds rank 0's state, for a rank that has none: from that, the place, and the step.
-
-    The same checkpoint and the same place always give the same seed, and different ranks and generators different
-    ones. Returns the seed.
-    """
-    state = hashlib.sha256(bytes(generator.get_state().tolist())).hexdigest()
-    text = f"{state} {name} {rank} {world_size} {step}"
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-    generator.manual_seed(seed)
-    return seed
 
 
 def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lastgood import values
+from lastgood import generators, values
 from lastgood.catalog import Entry
 from lastgood.composed import find, is_composed, name_of, take_apart
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
-from lastgood.live import derive_generator, into_value, is_plain, is_value, keep_left_out, uncast
+from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
 from lastgood.manifest import Manifest, RankRecord
 from lastgood.placement import LocalTensor
 from lastgood.reading import Want, read_wanted
@@ -61,7 +61,7 @@ class Loading:
     _states: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By module, the state_dict into whose tensors is read."""
     _unfit: set[str] = field(default_factory=set)
-    """Tensors of modules that do not fit."""
+    """Tensors of modules, and generators, that do not fit."""
     _converted: set[str] = field(default_factory=set)
     """Tensors of modules that have another type than they were saved with."""
     _filled: dict[tuple[Any, ...], tuple[str, str]] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Loading:
                 elif kind == "optimizer":
                     self._prepare_optimizer(name, value, names)
                 elif kind == "generator":
-                    self._prepare_generator(name)
+                    self._prepare_generator(name, value)
                 else:
                     self._check_values(name, tensor_names(self._tree(name)))
                     self._want_tree(self._tree(name))
@@ -125,7 +125,8 @@ class Loading:
         restored: dict[str, Any] = {}
         taken: set[Any] = set()
         for name, value in self.objects.items():
-            if kind_of(value) != self.manifest.kinds.get(name) or matches(name, self.leave_out):
+            left = name in self._unfit or matches(name, self.leave_out)
+            if left or kind_of(value) != self.manifest.kinds.get(name):
                 continue
             try:
                 self._finish(name, value, restored, taken)
@@ -147,9 +148,9 @@ class Loading:
         elif kind == "optimizer":
             self._finish_optimizer(name, value)
         elif kind == "generator":
-            value.set_state(self._decode(self._tree(name)))
+            generators.set_state(value, self._loaded[next(iter(tensor_names(self._tree(name))))])
             if name in self._derived:
-                seed = derive_generator(value, name, self.world.rank, self.world.size, self.manifest.step)
+                seed = generators.derive(value, name, self.world.rank, self.world.size, self.manifest.step)
                 self.notes.append(
                     f"{name}: rank {self.world.rank} has no state of its own in this checkpoint (saved by "
                     f"{self.manifest.world_size} ranks): it is seeded with {seed}, which follows from rank 0's state, "
@@ -216,9 +217,14 @@ class Loading:
                 )
                 return
 
-    def _prepare_generator(self, name: str) -> None:
+    def _prepare_generator(self, name: str, value: Any) -> None:
         """Where the ranks had states of their own, each goes on with its own; the others get one that is derived."""
         (tensor,) = tensor_names(self._tree(name))
+        here, there = generators.class_of(value), self._tree(name).get("class", generators.PLAIN)
+        if here != there:
+            self._problem(f"{name} is a {there} in the checkpoint and a {here} here")
+            self._unfit.add(name)
+            return
         versions = [record.local.get(tensor, tensor) for rank, record in self.manifest.ranks.items() if rank]
         if self.world.rank < self.manifest.world_size:
             self._personal.add(tensor)

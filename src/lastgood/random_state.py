@@ -24,7 +24,7 @@ def capture() -> Json:
         import numpy as np
 
         # Not always a Mersenne Twister: numpy.random.set_bit_generator takes others.
-        state["numpy"] = _without_arrays(np.random.get_state(legacy=False))
+        state["numpy"] = without_arrays(np.random.get_state(legacy=False))
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [_raw(item) for item in torch.cuda.get_rng_state_all()]
     if torch.backends.mps.is_available() and torch.mps.current_allocated_memory():  # The program has tensors there.
@@ -49,7 +49,7 @@ def apply(saved: Json) -> list[str]:
                 name, words, *rest = held
                 np.random.set_state((name, np.frombuffer(words, dtype="<u4"), *rest))
             else:
-                np.random.set_state(_with_arrays(held))
+                np.random.set_state(with_arrays(held))
         except (ImportError, TypeError, ValueError) as error:
             left.append(f"the random state of numpy ({error})")
     devices = state.get("cuda", [])
@@ -85,17 +85,19 @@ def derive(saved: Json, rank: int, world_size: int, step: int) -> int:
     return seed
 
 
-def _without_arrays(value: Any) -> Any:
+def without_arrays(value: Any) -> Any:
+    """A state of numpy as plain values."""
     if isinstance(value, dict):
-        return {key: _without_arrays(item) for key, item in value.items()}
+        return {key: without_arrays(item) for key, item in value.items()}
     if hasattr(value, "tobytes") and value.shape:
         return ("array", value.dtype.str, value.tobytes())
     return value.item() if hasattr(value, "item") else value
 
 
-def _with_arrays(value: Any) -> Any:
+def with_arrays(value: Any) -> Any:
+    """What :func:`without_arrays` was given."""
     if isinstance(value, dict):
-        return {key: _with_arrays(item) for key, item in value.items()}
+        return {key: with_arrays(item) for key, item in value.items()}
     if type(value) is tuple:
         import numpy as np
 

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lastgood import values
+from lastgood import generators, values
 from lastgood.composed import is_composed, name_of, plain_parts
 from lastgood.dtypes import dtype_name
 from lastgood.errors import LastGoodError
+from lastgood.generators import is_generator
 from lastgood.placement import LocalTensor, Placement, is_dense, row_strides
 from lastgood.recall import Given, Memory, Sight, learn, look
 from lastgood.values import Json
@@ -77,7 +78,7 @@ def kind_of(value: Any) -> str:
         return "module"
     if isinstance(value, torch.optim.Optimizer) and _is_usual(value):
         return "optimizer"
-    if isinstance(value, torch.Generator):
+    if is_generator(value):
         return "generator"
     if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
         return "stateful"
@@ -302,7 +303,9 @@ class Flattener:
             given, tree = part
             return {"state": tree, **self._options(given, labels)}
         if kind == "generator":
-            return values.encode(value.get_state(), name, self._put(Placement.LOCAL))
+            state = values.encode(generators.state_of(value), name, self._put(Placement.LOCAL))
+            held = generators.class_of(value)
+            return state if held == generators.PLAIN else {"class": held, "state": state}
         return self._tree(value.state_dict() if kind == "stateful" else value, name)
 
     def _wrappers(self) -> list[tuple[nn.parallel.DistributedDataParallel, bool, set[str]]]:

@@ -121,8 +121,10 @@ def _encode(value: Any, path: str, put: Callable[[str, torch.Tensor], str], dept
         return {"$": "Path", "v": str(value)}
     if kind.__module__ == "numpy":
         return _encode_numpy(value, path, put)
+    from lastgood.generators import is_generator
+
     hint = " (functions and classes are not state)" if callable(value) else ""
-    if hasattr(value, "state_dict"):
+    if hasattr(value, "state_dict") or is_generator(value):
         hint = " as a part of another value: register it under a name of its own"
     raise LastGoodError(
         f"{path}: a value of type {kind.__module__}.{kind.__qualname__} cannot be saved{hint}. Nothing was written. "

@@ -172,8 +172,13 @@ def own_things(rank: Rank) -> dict[str, Any]:
         "name": f"rank {rank.rank}",
         "same": {"epoch": 3, "weights": torch.ones(5)},
         "noise": torch.Generator().manual_seed(20 + rank.rank),
+        "dice": random.Random(20 + rank.rank),
         "shuffle": torch.Generator().manual_seed(9),
     }
+
+
+def draw(objects: dict[str, Any]) -> list[float]:
+    return [*torch.rand(2, generator=objects["noise"]).tolist(), objects["dice"].random()]
 
 
 @pytest.mark.parametrize(("saved_by", "restored_by"), [(2, 4), (1, 3), (3, 1)])
@@ -186,7 +191,7 @@ def test_what_every_rank_had_for_itself_goes_to_another_number_of_ranks(
         objects = own_things(rank)
         with rank.checkpointer(**objects, **options) as ckpt:
             ckpt.save(3)
-        return torch.rand(2, generator=objects["noise"]).tolist()
+        return draw(objects)
 
     def restore(rank: Rank) -> Any:
         blank = Rank(50, rank.size, rank.scratch, rank.run)
@@ -197,8 +202,8 @@ def test_what_every_rank_had_for_itself_goes_to_another_number_of_ranks(
         assert objects["sampler"].place == 10 and objects["sampler"].order.tolist() == [0, 1, 2]
         assert objects["table"].tolist() == [0.0] * 4
         assert objects["model"].weight.grad.tolist() == [[1.0] * 3] * 2
-        drawn = [torch.rand(2, generator=objects[name]).tolist() for name in ("noise", "shuffle")]
-        return *drawn, objects["same"]["weights"].tolist()
+        shuffled = torch.rand(2, generator=objects["shuffle"]).tolist()
+        return draw(objects), shuffled, objects["same"]["weights"].tolist()
 
     saved = [ended.ok() for ended in run_ranks(saved_by, save, tmp_path / "save", run=tmp_path / "run")]
     first = run_ranks(restored_by, restore, tmp_path / "a", run=tmp_path / "run")
@@ -212,7 +217,7 @@ def test_what_every_rank_had_for_itself_goes_to_another_number_of_ranks(
         str(torch.rand(2, generator=torch.Generator().manual_seed(9)).tolist())
     }
     for rank, ended in enumerate(first):
-        assert len(ended.logged("noise: rank")) == (rank >= saved_by)
+        assert len(ended.logged("noise: rank")) == len(ended.logged("dice: rank")) == (rank >= saved_by)
         assert not ended.logged("shuffle:") and not ended.logged("same:")
         for name in ("sampler", "table", "name", "model"):
             assert len(ended.logged(f"{name}: {saved_by} ranks had")) == (saved_by > 1 and rank == 0)
