@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lastgood import LastGoodError, MismatchError, SaveError, catalog
 from lastgood.loading import read_tensors
 from lastgood.manifest import Manifest
+from test_composed import Coarse, Descent
 
 warnings.filterwarnings("ignore")
 
@@ -74,6 +75,53 @@ def test_buffers_are_rank_0s_or_each_ranks_own_as_ddp_was_told(tmp_path: Path, b
         assert set(own) == {f"rank1/model.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
     owners = {manifest.shards[c.shard].file for t in manifest.tensors.values() for c in t.chunks}
     assert {"00000.safetensors", "00001.safetensors"} <= owners, "parameters are shared out"
+
+
+def test_composed_state_and_layouts_are_shared_out_and_restored_by_other_numbers_of_ranks(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(3, 64, 5), nn.Flatten(), nn.Linear(64, 700)).to(
+            memory_format=torch.channels_last
+        )
+        return model, torch.optim.Adam(model[0].parameters()), Descent(model[2].parameters())
+
+    def train(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[Any]:
+        torch.manual_seed(7)
+        for _ in range(2):
+            model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [parameter.tolist() for parameter in model.parameters()]
+
+    def save(rank: Rank) -> Any:
+        rank.group()
+        model, adam, descent = build()
+        wrapped = DistributedDataParallel(model)
+        train(wrapped, adam, descent)
+        with rank.checkpointer(model=wrapped, adam=adam, descent=descent) as ckpt:
+            ckpt.save(2, blocking=True).result()
+        return train(wrapped, adam, descent)
+
+    def restore(rank: Rank) -> Any:
+        model, adam, descent = build()
+        with rank.checkpointer(model=model, adam=adam, descent=descent) as ckpt:
+            assert ckpt.restore() == 2
+        assert adam.state[model[0].weight]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+        assert type(descent.state[model[2].weight]["mean"]) is Coarse
+        return train(model, adam, descent)
+
+    wanted = [ended.ok() for ended in run_ranks(2, save, tmp_path / "save", run=tmp_path / "run")]
+    for size in (1, 3):
+        assert [e.ok() for e in run_ranks(size, restore, tmp_path / str(size), run=tmp_path / "run")] == [
+            wanted[0]
+        ] * size
+    _, manifest = manifest_of(tmp_path / "run")
+    assert not [name for name in manifest.tensors if name.startswith("rank1/")]
+    codes = manifest.tensors["descent.state.model.2.weight.mean.codes"]
+    assert codes.dtype == "I8" and sum(chunk.end - chunk.begin for chunk in codes.chunks) == 64 * 700
+    owners = {manifest.shards[c.shard].file for t in manifest.tensors.values() for c in t.chunks}
+    assert owners == {"00000.safetensors", "00001.safetensors"}
 
 
 # -- replicas that drifted apart --------------------------------------------------------------------------------------
