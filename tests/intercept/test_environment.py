@@ -196,6 +196,24 @@ def test_a_command_that_does_not_exist() -> None:
     assert result.exit_code == 127
 
 
+def test_a_file_of_directories_for_python_s_own_path_is_no_checkpoint(tmp_path: Path) -> None:
+    """The web page of GPT-SoVITS writes one, or is refused it, after it has imported torch."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        os.makedirs("lib/site-packages")
+        for file in "lib/site-packages/users.pth", "lib/missing/site-packages/users.pth":
+            try:
+                with open(file, "w") as file: file.write("/opt/program")
+            except OSError:
+                print("REFUSED")
+        """,
+    )
+    assert code == 0 and "REFUSED" in output and " 0 files saved" in output and "0 failed" in output, output
+    assert os.listdir(tmp_path / "lib" / "site-packages") == ["users.pth"]
+
+
 @pytest.mark.parametrize("defects", [presets.DEFECTS, presets.DEFECTS[1:3], ()], ids=len)
 def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path, defects: Any) -> None:
     (tmp_path / "GPT_SoVITS").mkdir()
