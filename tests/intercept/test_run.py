@@ -107,6 +107,22 @@ def test_the_same_ranks_fail_without_us(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_file_that_is_saved_under_a_temporary_name_and_moved_counts_once(tmp_path: Path, memory: Path) -> None:
+    code, output = start(
+        tmp_path,
+        f"""
+        import os, shutil, torch
+        for target in ("last.pth", {str(memory / "last.pth")!r}):
+            torch.save(torch.zeros(250_000), "tmp.pth")
+            shutil.move("tmp.pth", target)
+        torch.save(torch.zeros(250_000), "tmp.pth")
+        os.replace("tmp.pth", "other.pth")
+        """,
+    )
+    assert code == 0 and "3 files saved, 3.0 MB" in output, output
+
+
+@posix
 def test_a_rank_that_is_late_puts_no_old_state_over_a_newer_one(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
