@@ -353,6 +353,36 @@ def test_history_fallback_and_verify(tmp_path: Path) -> None:
     assert "loaded 3" in output and "instead" in output
 
 
+def test_a_program_that_swallows_the_refusal_of_a_damaged_pair_is_told_and_its_earlier_pair_stays(
+    tmp_path: Path,
+) -> None:
+    """As GPT-SoVITS does, which then begins at epoch 1 and saves over the only pair."""
+    program = """
+        import os, shutil, torch
+        def save(letter, epoch):
+            torch.save([epoch], "1795.pth")
+            shutil.move("1795.pth", f"{letter}_233333333333.pth")
+        try:
+            epoch = [torch.load(f"{letter}_233333333333.pth") for letter in "DG"][0][0]
+        except:
+            epoch = 0
+        for epoch in range(epoch + 1, epoch + 3):
+            save("G", epoch), save("D", epoch)
+    """
+    pair = ("--preset", "gpt-sovits")
+    code, output = start(tmp_path, program, *pair)
+    assert code == 0 and "refused" not in output, output
+    path = tmp_path / "G_233333333333.pth"
+    path.write_bytes(path.read_bytes()[:-20])
+    history = {path.name: path.read_bytes() for path in (tmp_path / ".lastgood" / "history").iterdir()}
+    assert len(history) == 2
+    code, output = start(tmp_path, program, *pair)
+    assert code == 0 and "G_233333333333.pth is damaged" in output and "--fallback" in output, output
+    assert "1 damaged files refused" in output, output
+    for name, data in history.items():
+        assert (tmp_path / ".lastgood" / "history" / name).read_bytes() == data
+
+
 def test_a_damaged_safetensors_file_is_refused_and_its_earlier_version_loaded_instead(tmp_path: Path) -> None:
     save = "import torch\nfrom safetensors.torch import save_file\n"
     save += "for i in (1, 2): save_file({'w': torch.full((99,), float(i))}, 'model.safetensors')"

@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import Any
 
-FIELDS = ("saves", "bytes", "seconds", "retries", "collisions", "failures", "set_aside", "fallbacks")
+FIELDS = ("saves", "bytes", "seconds", "retries", "collisions", "failures", "set_aside", "fallbacks", "refusals")
 
 
 class Report:

@@ -99,6 +99,8 @@ class Saver:
         self._cleared: set[str] = set()
         self._made: set[str] = set()
         self._synced: set[str] = set()
+        self.refused: set[str] = set()
+        """Files that this process was not given to load, since they or others that belong to them are damaged."""
         self._unsaved: dict[str, str] = {}
         """By target, complete files that the system refused to put there."""
 
@@ -394,6 +396,9 @@ class Saver:
     def _without_oldest(self, target: str, versions: list[journal.Version]) -> list[journal.Version]:
         """Delete earlier versions beyond those that are to be kept; returns what is still worth knowing."""
         kept = [version for version in versions if version.kept]
+        if target in self.refused:
+            # The program goes on without it, perhaps from the beginning: what it could have had instead stays.
+            kept = [version for version in kept if version.run == self.settings.run]
         for version in kept[: -self.settings.history] if self.settings.history else kept:
             link = journal.history_path(target, version.kept)
             try:
