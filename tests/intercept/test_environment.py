@@ -214,6 +214,13 @@ def test_a_file_of_directories_for_python_s_own_path_is_no_checkpoint(tmp_path: 
     assert os.listdir(tmp_path / "lib" / "site-packages") == ["users.pth"]
 
 
+def test_doctor_names_the_preset_of_the_trainers_that_a_web_page_starts(tmp_path: Path) -> None:
+    (tmp_path / "GPT_SoVITS").mkdir()
+    (tmp_path / "GPT_SoVITS" / "s2_train.py").touch()
+    result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, str(tmp_path / "webui.py")])
+    assert result.exit_code == 0 and "Preset gpt-sovits in the trainers" in result.output, result.output
+
+
 @pytest.mark.parametrize("defects", [presets.DEFECTS, presets.DEFECTS[1:3], ()], ids=len)
 def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path, defects: Any) -> None:
     (tmp_path / "GPT_SoVITS").mkdir()
