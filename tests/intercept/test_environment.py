@@ -223,8 +223,8 @@ def test_doctor_names_the_preset_of_the_trainers_that_a_web_page_starts(tmp_path
 
 @pytest.mark.parametrize("defects", [presets.DEFECTS, presets.DEFECTS[1:3], ()], ids=len)
 def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path, defects: Any) -> None:
-    (tmp_path / "GPT_SoVITS").mkdir()
     for name in {name for name, _, _ in presets.DEFECTS}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("\n".join(text for at, text, _ in defects if at == name))
     script = str(tmp_path / "GPT_SoVITS" / "s2_train.py")
     result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, script])
