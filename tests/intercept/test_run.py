@@ -381,6 +381,18 @@ def test_a_program_that_swallows_the_refusal_of_a_damaged_pair_is_told_and_its_e
     assert "1 damaged files refused" in output, output
     for name, data in history.items():
         assert (tmp_path / ".lastgood" / "history" / name).read_bytes() == data
+    # Nor is the damaged one kept as a version to which a crash in the middle of a pair would go back.
+    after = sorted((kept.name[0], torch.load(kept)[0]) for kept in (tmp_path / ".lastgood" / "history").iterdir())
+    assert after == [("D", 1), ("D", 1), ("G", 1), ("G", 1)]
+
+
+def test_a_damaged_file_that_is_saved_over_does_not_become_an_earlier_version(tmp_path: Path) -> None:
+    """It would pass for an intact one, for of a file with another size the journal knows nothing."""
+    assert start(tmp_path, "import torch\nfor i in (1, 2): torch.save({'i': i}, 'last.pth')")[0] == 0
+    path = tmp_path / "last.pth"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert start(tmp_path, "import torch; torch.save({'i': 3}, 'last.pth')")[0] == 0
+    assert [torch.load(kept) for kept in (tmp_path / ".lastgood" / "history").iterdir()] == [{"i": 1}]
 
 
 def test_a_damaged_safetensors_file_is_refused_and_its_earlier_version_loaded_instead(tmp_path: Path) -> None:

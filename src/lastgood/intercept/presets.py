@@ -37,7 +37,7 @@ DEFECTS = (
      " directory after a save"),
     ("GPT_SoVITS/s1_train.py", "LOCAL_RANK", "stage 1 takes the local rank for the global one: each node exports the"
      " weights, under one name"),
-    ("GPT_SoVITS/AR/models/t2s_lightning_module.py", "save_hyperparameters", "with torch 2.6 and Lightning 2.6 or newer,"
+    ("GPT_SoVITS/AR/models/t2s_lightning_module.py", "save_hyperparameters", "with torch and Lightning 2.6 or newer,"
      " stage 1 cannot resume, since its checkpoints hold a path; TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets it"),
 )  # fmt: skip
 

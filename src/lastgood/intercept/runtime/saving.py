@@ -362,6 +362,8 @@ class Saver:
             return versions
         current = journal.lying(target, versions)
         if current is None:
+            if journal.check(target, versions):
+                return versions  # It is damaged, and would pass for a version like others.
             current = journal.unknown(target)
             versions = [*versions, current]
         if self.units.is_half_of_a_save(target, current):
