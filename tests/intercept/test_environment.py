@@ -196,10 +196,35 @@ def test_a_command_that_does_not_exist() -> None:
     assert result.exit_code == 127
 
 
+def test_a_file_of_directories_for_python_s_own_path_is_no_checkpoint(tmp_path: Path) -> None:
+    """The web page of GPT-SoVITS writes one, or is refused it, after it has imported torch."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        os.makedirs("lib/site-packages")
+        for file in "lib/site-packages/users.pth", "lib/missing/site-packages/users.pth":
+            try:
+                with open(file, "w") as file: file.write("/opt/program")
+            except OSError:
+                print("REFUSED")
+        """,
+    )
+    assert code == 0 and "REFUSED" in output and " 0 files saved" in output and "0 failed" in output, output
+    assert os.listdir(tmp_path / "lib" / "site-packages") == ["users.pth"]
+
+
+def test_doctor_names_the_preset_of_the_trainers_that_a_web_page_starts(tmp_path: Path) -> None:
+    (tmp_path / "GPT_SoVITS").mkdir()
+    (tmp_path / "GPT_SoVITS" / "s2_train.py").touch()
+    result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, str(tmp_path / "webui.py")])
+    assert result.exit_code == 0 and "Preset gpt-sovits in the trainers" in result.output, result.output
+
+
 @pytest.mark.parametrize("defects", [presets.DEFECTS, presets.DEFECTS[1:3], ()], ids=len)
 def test_doctor_names_a_gpt_sovits_checkout_and_its_defects(tmp_path: Path, defects: Any) -> None:
-    (tmp_path / "GPT_SoVITS").mkdir()
     for name in {name for name, _, _ in presets.DEFECTS}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("\n".join(text for at, text, _ in defects if at == name))
     script = str(tmp_path / "GPT_SoVITS" / "s2_train.py")
     result = CliRunner().invoke(command, ["--doctor", "--", sys.executable, script])

@@ -107,6 +107,22 @@ def test_the_same_ranks_fail_without_us(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_file_that_is_saved_under_a_temporary_name_and_moved_counts_once(tmp_path: Path, memory: Path) -> None:
+    code, output = start(
+        tmp_path,
+        f"""
+        import os, shutil, torch
+        for target in ("last.pth", {str(memory / "last.pth")!r}):
+            torch.save(torch.zeros(250_000), "tmp.pth")
+            shutil.move("tmp.pth", target)
+        torch.save(torch.zeros(250_000), "tmp.pth")
+        os.replace("tmp.pth", "other.pth")
+        """,
+    )
+    assert code == 0 and "3 files saved, 3.0 MB" in output, output
+
+
+@posix
 def test_a_rank_that_is_late_puts_no_old_state_over_a_newer_one(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,
@@ -335,6 +351,48 @@ def test_history_fallback_and_verify(tmp_path: Path) -> None:
     code, output = start(tmp_path, load, "--fallback")
     assert code == 0
     assert "loaded 3" in output and "instead" in output
+
+
+def test_a_program_that_swallows_the_refusal_of_a_damaged_pair_is_told_and_its_earlier_pair_stays(
+    tmp_path: Path,
+) -> None:
+    """As GPT-SoVITS does, which then begins at epoch 1 and saves over the only pair."""
+    program = """
+        import os, shutil, torch
+        def save(letter, epoch):
+            torch.save([epoch], "1795.pth")
+            shutil.move("1795.pth", f"{letter}_233333333333.pth")
+        try:
+            epoch = [torch.load(f"{letter}_233333333333.pth") for letter in "DG"][0][0]
+        except:
+            epoch = 0
+        for epoch in range(epoch + 1, epoch + 3):
+            save("G", epoch), save("D", epoch)
+    """
+    pair = ("--preset", "gpt-sovits")
+    code, output = start(tmp_path, program, *pair)
+    assert code == 0 and "refused" not in output, output
+    path = tmp_path / "G_233333333333.pth"
+    path.write_bytes(path.read_bytes()[:-20])
+    history = {path.name: path.read_bytes() for path in (tmp_path / ".lastgood" / "history").iterdir()}
+    assert len(history) == 2
+    code, output = start(tmp_path, program, *pair)
+    assert code == 0 and "G_233333333333.pth is damaged" in output and "--fallback" in output, output
+    assert "1 damaged files refused" in output, output
+    for name, data in history.items():
+        assert (tmp_path / ".lastgood" / "history" / name).read_bytes() == data
+    # Nor is the damaged one kept as a version to which a crash in the middle of a pair would go back.
+    after = sorted((kept.name[0], torch.load(kept)[0]) for kept in (tmp_path / ".lastgood" / "history").iterdir())
+    assert after == [("D", 1), ("D", 1), ("G", 1), ("G", 1)]
+
+
+def test_a_damaged_file_that_is_saved_over_does_not_become_an_earlier_version(tmp_path: Path) -> None:
+    """It would pass for an intact one, for of a file with another size the journal knows nothing."""
+    assert start(tmp_path, "import torch\nfor i in (1, 2): torch.save({'i': i}, 'last.pth')")[0] == 0
+    path = tmp_path / "last.pth"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert start(tmp_path, "import torch; torch.save({'i': 3}, 'last.pth')")[0] == 0
+    assert [torch.load(kept) for kept in (tmp_path / ".lastgood" / "history").iterdir()] == [{"i": 1}]
 
 
 def test_a_damaged_safetensors_file_is_refused_and_its_earlier_version_loaded_instead(tmp_path: Path) -> None:

@@ -371,6 +371,38 @@ def test_a_pair_is_taken_back_where_the_file_system_has_no_links(tmp_path: Path)
     assert code == 0 and pair(tmp_path) == ([2], [2]), output
 
 
+def test_a_recovery_that_is_killed_leaves_no_copy_behind(tmp_path: Path) -> None:
+    """The program saves elsewhere and moves its files here, so that no save of it makes a temporary file here."""
+    (tmp_path / "logs").mkdir()
+    save = """
+        import os, torch
+        def save(letter, epoch):
+            torch.save([epoch], "1795.pth")
+            os.replace("1795.pth", f"logs/{letter}_233333333333.pth")
+    """
+    crash = "for epoch in (1, 2): save('G', epoch), save('D', epoch)\nsave('G', 3), os.kill(os.getpid(), 9)"
+    assert start(tmp_path, textwrap.dedent(save) + crash, *GPT_SOVITS)[0] == KILLED
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        from _lastgood_run import system
+        copyfile = system.copyfile
+        def cut_off(source, target): copyfile(source, target), os.kill(os.getpid(), 9)
+        system.copyfile = cut_off
+        torch.load("logs/D_233333333333.pth")
+        """,
+        *GPT_SOVITS,
+    )
+    assert code == KILLED, output
+    left = [name for name in os.listdir(tmp_path / "logs" / ".lastgood") if name.startswith("tmp-")]
+    assert len(left) == 1
+    code, output = start(tmp_path, "import torch; torch.load('logs/D_233333333333.pth')", *GPT_SOVITS)
+    assert code == 0 and pair(tmp_path / "logs") == ([2], [2]), output
+    left = [name for name in os.listdir(tmp_path / "logs" / ".lastgood") if name.startswith("tmp-")]
+    assert not left
+
+
 # Damage.
 
 

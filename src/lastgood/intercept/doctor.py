@@ -31,11 +31,13 @@ def examine(command: list[str], settings: Settings, directory: Path) -> list[str
         "os.replace and os.rename; checked: torch.load, safetensors load_file and safe_open."
     )
     name = presets.recognise(command)
+    defects = presets.gpt_sovits_defects(command, directory)
     if name:
         lines.append(f"Preset {name}: {presets.PRESETS[name].says}.")
+    elif defects is not None:
+        lines.append(f"Preset gpt-sovits in the trainers that this starts: {presets.PRESETS['gpt-sovits'].says}.")
     if settings.complete:
         lines.append(f"Checkpoints of several files: {', '.join(settings.complete)}.")
-    defects = presets.gpt_sovits_defects(command, directory)
     if defects is not None:
         lines.append(f"This is a GPT-SoVITS checkout with {len(defects)} known saving defects:")
         lines += [f"  {defect}" for defect in defects]

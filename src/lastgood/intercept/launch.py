@@ -135,6 +135,8 @@ def summary(result: Result) -> str:
         text += f"; {int(counts['set_aside'])} incomplete checkpoints set aside"
     if counts["fallbacks"]:
         text += f"; {int(counts['fallbacks'])} damaged files replaced by earlier versions"
+    if counts["refusals"]:
+        text += f"; {int(counts['refusals'])} damaged files refused"
     for message in result.last_failed:
         text += f"\nlastgood run: the last save FAILED: {message}"
     return text

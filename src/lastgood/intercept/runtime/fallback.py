@@ -18,13 +18,15 @@ class DamagedFileError(RuntimeError):
 class Fallback:
     """Checks the files that this process loads."""
 
-    def __init__(self, units: Units, report: Report, *, wanted: bool) -> None:
+    def __init__(self, units: Units, report: Report, refused: set[str], *, wanted: bool) -> None:
         """
         Args:
+            refused: is told what is not loaded.
             wanted: load something else in place of a damaged file; else only name it.
         """
         self._units = units
         self._report = report
+        self._refused = refused
         self._wanted = wanted
         self._loaded: set[str] = set()
         """Files of groups that were loaded as they are: nothing else fits to them than what lies beside them."""
@@ -48,18 +50,26 @@ class Fallback:
         found = f"{path} is damaged: {damage}."
         if fellows:
             names = ", ".join(sorted(os.path.basename(fellow) for fellow in fellows))
-            raise DamagedFileError(f"{found} It and {names} belong together: load another checkpoint.")
+            raise self._refusal([target], f"{found} It and {names} belong together: load another checkpoint.")
         newest = next(journal.intact_versions(target), None)
         if newest is None:
-            raise DamagedFileError(f"{found} There is no intact version of it; load another checkpoint.")
+            raise self._refusal([target], f"{found} There is no intact version of it; load another checkpoint.")
         if self._wanted:
             self._report.add(fallbacks=1)
             self._report.say(f"{found} Loading {newest[0]} of {_when(newest[1].time)} instead.")
             return newest[0]
-        raise DamagedFileError(
+        raise self._refusal(
+            [target],
             f"{found} The newest intact version is {newest[0]}, of {_when(newest[1].time)}: copy it to {path}, or "
-            "start again with `lastgood run --fallback`, which loads it."
+            "start again with `lastgood run --fallback`, which loads it.",
         )
+
+    def _refusal(self, targets: list[str], message: str) -> DamagedFileError:
+        """The error for the program, and the same for its user: some programs catch it, say nothing and begin anew."""
+        self._refused.update(targets)
+        self._report.add(refusals=1)
+        self._report.say(message)
+        return DamagedFileError(message)
 
     def _of_group(self, target: str, damage: str, group: list[str], fellows: list[str]) -> str | None:
         if target in self._chosen:
@@ -75,7 +85,8 @@ class Fallback:
             self._loaded.add(target)
             return None
         free = not self._loaded.intersection(fellows)
-        others = next(self._whole_ones(target, group), None) if free else None
+        # Where nothing is to be replaced, one in use changes nothing: started again, the program can have the others.
+        others = next(self._whole_ones(target, group), None) if free or not self._wanted else None
         found = " ".join(f"{one} is damaged: {says}." for one, says in damages.items() if says)
         if others is not None and self._wanted:
             when, instead = others
@@ -88,10 +99,11 @@ class Fallback:
             return None
         names = ", ".join(os.path.basename(one) for one in group)
         if others is None:
-            raise DamagedFileError(f"{found} {names} belong together: load another checkpoint.")
-        raise DamagedFileError(
+            raise self._refusal(group, f"{found} {names} belong together: load another checkpoint.")
+        raise self._refusal(
+            group,
             f"{found} {names} belong together. The newest that are intact are {', '.join(others[1].values())}, of "
-            f"{_when(others[0])}: copy them, or start again with `lastgood run --fallback`, which loads them."
+            f"{_when(others[0])}: copy them, or start again with `lastgood run --fallback`, which loads them.",
         )
 
     def _whole_ones(self, target: str, group: list[str]) -> Iterator[tuple[float, dict[str, str]]]:

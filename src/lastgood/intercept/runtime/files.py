@@ -79,13 +79,16 @@ def target_of(path: Any) -> str | None:
 
 def is_checkpoint(path: str) -> bool:
     """Whether a file is, by its name and place, a part of a checkpoint."""
-    name = os.path.basename(path)
-    if name.endswith(CHECKPOINTS) or any(fnmatchcase(name, pattern) for pattern in _saver.settings.match):
+    directory, name = os.path.split(path)
+    if any(fnmatchcase(name, pattern) for pattern in _saver.settings.match):
         return True
+    if name.endswith(CHECKPOINTS):
+        # There it holds directories for sys.path.
+        return not name.endswith(".pth") or os.path.basename(directory) not in ("site-packages", "dist-packages")
     if not name.endswith(SIDE_FILES):
         return False
     # By what lies there and not by what this process saved: it may have resumed, or be a rank that saves no other file.
-    return system.exists(os.path.join(os.path.dirname(path), PRIVATE)) or _saver.units.unit_of(path) is not None
+    return system.exists(os.path.join(directory, PRIVATE)) or _saver.units.unit_of(path) is not None
 
 
 def is_checkpoint_move(source: str, target: str) -> bool:

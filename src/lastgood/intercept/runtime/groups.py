@@ -55,13 +55,15 @@ def _new_number(directory: str, names: list[str], *, settled: bool) -> int:
 
     Args:
         settled: no save of them is unfinished. What lies there is a whole one then, whoever has put it there, for a
-            program would load it: if it has not one number, it gets one.
+            program would load it: if it has not one number, it gets one, unless some of it is damaged.
     """
     versions = {target: journal.read(target) for target in (os.path.join(directory, name) for name in names)}
     number = 1 + max((version.save for known in versions.values() for version in known), default=0)
     lying = {target: journal.lying(target, known) for target, known in versions.items() if system.isfile(target)}
     numbers = {version.save if version is not None else 0 for version in lying.values()}
     if not settled or (0 not in numbers and len(numbers) <= 1):
+        return number
+    if any(version is None and journal.check(target, versions[target]) for target, version in lying.items()):
         return number
     for target, version in lying.items():
         if version is None:

@@ -27,7 +27,7 @@ from .settings import PRIVATE, Settings, from_environment
 _settings: Settings = from_environment()
 _report = Report(_settings.state)
 saver = Saver(_settings, _report)
-_fallback = Fallback(saver.units, _report, wanted=_settings.fallback)
+_fallback = Fallback(saver.units, _report, saver.refused, wanted=_settings.fallback)
 _done: set[str] = set()
 _replaced: list[tuple[Any, str, Any]] = []
 """What was replaced where: the owner, the name, and what was there."""

@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import Any
 
-FIELDS = ("saves", "bytes", "seconds", "retries", "collisions", "failures", "set_aside", "fallbacks")
+FIELDS = ("saves", "bytes", "seconds", "retries", "collisions", "failures", "set_aside", "fallbacks", "refusals")
 
 
 class Report:
@@ -41,10 +41,11 @@ class Report:
             self.counts["last_failed"] = message
             self._leave()
 
-    def saved(self, size: int, seconds: float) -> None:
+    def saved(self, size: int, seconds: float, *, again: bool = False) -> None:
+        """A file of `size` bytes is in place; `again`: it was counted before, under a temporary name of the program."""
         with self._lock:
             self.counts["last_failed"] = ""
-        self.add(saves=1, bytes=size, seconds=seconds)
+        self.add(saves=0 if again else 1, bytes=0 if again else size, seconds=seconds)
 
     def _leave(self) -> None:
         # Written after each event and not at exit: ranks end by os._exit and by signals, too.

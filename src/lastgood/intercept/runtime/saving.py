@@ -99,6 +99,8 @@ class Saver:
         self._cleared: set[str] = set()
         self._made: set[str] = set()
         self._synced: set[str] = set()
+        self.refused: set[str] = set()
+        """Files that this process was not given to load, since they or others that belong to them are damaged."""
         self._unsaved: dict[str, str] = {}
         """By target, complete files that the system refused to put there."""
 
@@ -214,12 +216,14 @@ class Saver:
         begins: int = 0,
         operation: Callable[[], Any] | None = None,
         ahead: int | None = None,
+        again: bool = False,
     ) -> bool:
         """Give the complete file `source` the name `target`. Returns False where another rank's file is kept instead.
 
         Args:
             operation: the program's own rename; a replacement by default.
             ahead: by how many rounds rank 0 is ahead, where the content is rank 0's; None: it is this rank's.
+            again: this process has saved it before, under another name.
 
         Raises:
             OSError: the system refused to the end. The complete file stays under the name that the message gives.
@@ -276,7 +280,7 @@ class Saver:
         if target in self._unsaved:
             with contextlib.suppress(OSError):
                 system.remove(self._unsaved.pop(target))  # It waited for somebody to put it here.
-        self.report.saved(size, time.time() - called)
+        self.report.saved(size, time.time() - called, again=again)
         if self.settings.mirror:
             self.mirror.copy(target)
         return True
@@ -358,6 +362,8 @@ class Saver:
             return versions
         current = journal.lying(target, versions)
         if current is None:
+            if journal.check(target, versions):
+                return versions  # It is damaged, and would pass for a version like others.
             current = journal.unknown(target)
             versions = [*versions, current]
         if self.units.is_half_of_a_save(target, current):
@@ -392,6 +398,9 @@ class Saver:
     def _without_oldest(self, target: str, versions: list[journal.Version]) -> list[journal.Version]:
         """Delete earlier versions beyond those that are to be kept; returns what is still worth knowing."""
         kept = [version for version in versions if version.kept]
+        if target in self.refused:
+            # The program goes on without it, perhaps from the beginning: what it could have had instead stays.
+            kept = [version for version in kept if version.run == self.settings.run]
         for version in kept[: -self.settings.history] if self.settings.history else kept:
             link = journal.history_path(target, version.kept)
             try:
@@ -442,6 +451,7 @@ class Saver:
             system.remove(source)
             return False
         known = self.mine.get(source)
+        again = known is not None
         ahead = None
         if known is not None:
             there = self._what_lies(source)
@@ -457,19 +467,23 @@ class Saver:
                     return False
                 known = None
         if across and not _same_file_system(source, target):
-            moved = self._move_across(source, target, known, called, ahead)
+            moved = self._move_across(source, target, known, called, ahead, again)
         else:
             if known is None:
                 system.sync_path(source)
             size, crc, begins = (known.size, known.crc32, known.begins) if known else (0, None, 0)
-            moved = self._put(source, target, size, crc, called, begins=begins, operation=rename, ahead=ahead)
+            moved = self._put(
+                source, target, size, crc, called, begins=begins, operation=rename, ahead=ahead, again=again
+            )
         if self.mine.pop(source, None):
             journal.forget(source)
             if self.settings.mirror:
                 self.mirror.moved(source)
         return moved
 
-    def _move_across(self, source: str, target: str, known: Known | None, called: float, ahead: int | None) -> bool:
+    def _move_across(
+        self, source: str, target: str, known: Known | None, called: float, ahead: int | None, again: bool
+    ) -> bool:
         with self.copied(source, target) as (temporary, raw):
             saved = [journal.Version(known.size, known.crc32, known.time, begins=known.begins)] if known else []
             if journal.check(temporary, saved):
@@ -477,7 +491,7 @@ class Saver:
                     errno.EIO, f"the copy of {source} for {target} differs from what was saved; both are kept"
                 )
             system.copystat(source, temporary)  # A move changes neither permissions nor times.
-        moved = self._put(temporary, target, raw.size, raw.crc, called, ahead=ahead)
+        moved = self._put(temporary, target, raw.size, raw.crc, called, ahead=ahead, again=again)
         with contextlib.suppress(FileNotFoundError):  # Another rank that moved it too was faster, after a deadline.
             system.patiently(lambda: system.remove(source), self.settings.patience, self._count_retry)
         return moved

@@ -102,6 +102,7 @@ def _take_back(directory: str, placed: list[str], content: dict[str, Any], other
 
 def bring_back(target: str, version: journal.Version, found: str, report: Report) -> None:
     """Put a version from the history in place again."""
+    system.clear_leftovers(os.path.dirname(target))  # A recovery that was killed has left such a copy.
     temporary = system.temporary(target)
     system.copyfile(journal.history_path(target, version.kept), temporary)
     system.sync_path(temporary)
