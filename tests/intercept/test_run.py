@@ -384,6 +384,38 @@ def test_what_another_program_wrote_without_checksums_is_not_called_damaged(tmp_
         assert "is damaged" in output and code == 1, output
 
 
+@pytest.mark.parametrize("later", [True, False], ids=["written later", "changed in place"])
+def test_what_another_program_wrote_in_a_format_without_checksums_is_not_called_damaged(
+    tmp_path: Path, later: bool
+) -> None:
+    """As a resumed program does that is started without us; a disk that fails leaves no date."""
+    save = """
+        import json, pickle, sys, torch
+        from safetensors.torch import save
+        i = int(sys.argv[1])
+        torch.save({"i": i, "w": torch.ones(99 * i)}, "last.pth", _use_new_zipfile_serialization=False)
+        with open("params.pt", "wb") as file: file.write(save({"w": torch.ones(99 * i)}))
+        with open("net.pkl", "wb") as file: pickle.dump([i] * 99 * i, file)
+        with open("state.json", "w") as file: json.dump([i] * 99 * i, file)
+        with open("meta.yaml", "w") as file: file.write("[1] " * i)
+    """
+    names = ("last.pth", "params.pt", "net.pkl", "state.json", "meta.yaml")
+    assert start(tmp_path, save.replace("sys.argv[1]", "1"))[0] == 0
+    saved = {name: (tmp_path / name).stat().st_mtime for name in names}
+    assert start(tmp_path, save.replace("sys.argv[1]", "2"), protected=False)[0] == 0
+    for name, when in saved.items():
+        os.utime(tmp_path / name, (when + 5 * later, when + 5 * later))
+    damaged = [Path(finding.path).name for finding in journal.verify(tmp_path) if finding.damage]
+    assert damaged == ([] if later else sorted(names))
+    code, output = start(tmp_path, "import torch; print('loaded', torch.load('last.pth')['i'])")
+    assert ("loaded 2" in output and code == 0) if later else ("is damaged" in output and code == 1), output
+    for name, torn in (("last.pth", bytes(999)), ("net.pkl", b""), ("state.json", b"[1, 2")):
+        (tmp_path / name).write_bytes(torn)
+        os.utime(tmp_path / name, (saved[name] + 5, saved[name] + 5))
+    damaged = [Path(finding.path).name for finding in journal.verify(tmp_path) if finding.damage]
+    assert set(damaged) >= {"last.pth", "net.pkl", "state.json"}
+
+
 @pytest.mark.parametrize("target", ['"last.pth"', 'open("last.pth", "wb")'])
 @pytest.mark.parametrize("save_on", ["auto", "rank0"])
 def test_data_that_the_program_writes_after_the_save_is_not_called_damaged(

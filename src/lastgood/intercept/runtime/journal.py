@@ -198,16 +198,23 @@ def zip_directory(path: str) -> int:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether the format itself shows that a file is whole: a zip's checksums, a safetensors file's length."""
+    """Whether a file that is not what was saved is nevertheless whole, as far as its format shows that."""
     try:
-        if path.endswith(".safetensors"):
-            with system.open_file(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
+        with system.open_file(path, "rb") as file:
+            begin = file.read(8)
+            if path.endswith(".safetensors"):
+                (length,) = struct.unpack("<Q", begin)
                 header = json.loads(file.read(length)) if length < 1 << 28 else {}
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            # The format has no checksum: right in length and still not what was saved means changed bytes, unless
-            # another program wrote it, which the time of change shows.
-            return bool(ends) and 8 + length + max(ends) == system.getsize(path) and _changed_later(path)
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                # The format has no checksum: right in length and still not what was saved means changed bytes, unless
+                # another program wrote it, which the time of change shows.
+                return bool(ends) and 8 + length + max(ends) == system.getsize(path) and _changed_later(path)
+            if begin[:2] != b"PK":
+                if path.endswith(".json"):
+                    json.loads(begin + file.read())
+                # Pickles, YAML, torch's old format: as above. Empty, or with zeros at its beginning, is what a crash of
+                # the system leaves of a file that was not synced.
+                return bool(begin[:4].strip(b"\0")) and _changed_later(path)
         with zipfile.ZipFile(path) as archive:
             if not any(member.CRC for member in archive.infolist()):
                 return _changed_later(path)  # torch.serialization.set_crc32_options(False): as above.
