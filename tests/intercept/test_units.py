@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_run import posix, start
 
+from lastgood.intercept import journal
 from lastgood.intercept.runtime import system
 
 # Any library that is watched will do, and torch takes seconds to import.
@@ -360,7 +361,8 @@ def test_a_pair_is_taken_back_where_the_file_system_has_no_links(tmp_path: Path)
         + textwrap.dedent(
             """
             def link(*_, **__): raise OSError(1, "Operation not permitted")
-            os.link = link
+            import _lastgood_run.system as system
+            system.link = link
             both(1), both(2), save("G", 3), os.kill(os.getpid(), 9)
             """
         ),
@@ -547,3 +549,57 @@ def test_a_pair_that_another_rank_completed_is_complete_though_rank_0_was_killed
         *GPT_SOVITS,
     )
     assert "[2, 2]" in output, output
+
+
+SHARDED = """
+    import os, pickle, torch
+    from pathlib import Path
+    from safetensors.torch import load_file, save_file
+    rank = os.environ["RANK"]
+    directory = Path("step_1")
+    directory.mkdir(exist_ok=True)
+
+    def save_as_torch_distributed_does():
+        with (directory / f"__{rank}_0.distcp").open("wb") as file:
+            torch.save([1, rank], file)
+            os.fsync(file.fileno())
+        if rank == "0":
+            with (directory / ".metadata.tmp").open("wb") as file: pickle.dump([1], file)
+            (directory / ".metadata.tmp").rename(directory / ".metadata")
+
+    def load_as_torch_distributed_does():
+        for name in (".metadata", "__0_0.distcp"):
+            with (directory / name).open("rb") as file: file.read()
+
+    def save_shards():
+        for i in (1, 2): save_file({"w": torch.full((9,), float(i))}, f"step_1/model-0000{i}-of-00002.safetensors")
+"""
+
+
+@pytest.mark.parametrize(
+    "save, load, damaged",
+    [
+        ("save_as_torch_distributed_does()", "load_as_torch_distributed_does()", "__0_0.distcp"),
+        ("save_as_torch_distributed_does()", "load_as_torch_distributed_does()", ".metadata"),
+        ("save_shards()", "load_file('step_1/model-00002-of-00002.safetensors')", "model-00002-of-00002.safetensors"),
+        ("torch.save([rank], f'step_1/mp_rank_0{rank}.pt')", "torch.load('step_1/mp_rank_01.pt')", "mp_rank_01.pt"),
+    ],
+    ids=["a shard of torch.distributed", "its directory", "a shard of safetensors", "a rank's part"],
+)
+def test_another_part_of_a_checkpoint_does_not_stand_in_for_a_damaged_one(
+    tmp_path: Path, save: str, load: str, damaged: str
+) -> None:
+    """Without --complete: their names differ by a number, as those of two steps do."""
+    for rank in "01":
+        code, output = start(tmp_path, textwrap.dedent(SHARDED) + save, RANK=rank)
+        assert code == 0, output
+    assert damaged in {Path(finding.path).name for finding in journal.verify(tmp_path)}
+    assert start(tmp_path, textwrap.dedent(SHARDED) + load, "--fallback", RANK="0")[0] == 0
+    path = tmp_path / "step_1" / damaged
+    before = path.stat()
+    data = path.read_bytes()
+    middle = data.rfind(b"data.pkl") if data[:2] == b"PK" else len(data) - 1
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    code, output = start(tmp_path, textwrap.dedent(SHARDED) + load, "--fallback", RANK="0")
+    assert code == 1 and f"{damaged} is damaged" in output and "load another checkpoint" in output, output

@@ -273,10 +273,11 @@ def _patch_lightning(module: Any) -> None:
 
 
 def _patch_system() -> None:
-    files.use(saver)
+    files.use(saver, _intact)
     functions: dict[str, Any] = {
         "rename": _rename(system.rename),
         "replace": _rename(system.replace),
+        "link": _link,
         "remove": _remove,
         "unlink": _remove,
         "mkdir": _mkdir,
@@ -337,6 +338,17 @@ def _rename(original: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return rename
+
+
+def _link(src: Any, dst: Any, **kwargs: Any) -> None:
+    source, target = files.absolute(src), files.absolute(dst)
+    if source is None or target is None or not {"src_dir_fd", "dst_dir_fd"}.isdisjoint(kwargs):
+        return system.link(src, dst, **kwargs)
+    if source in saver.pretended:
+        saver.pretend(target, saver.pretended[source])
+        return None
+    saver.link(source, target, lambda: system.link(src, dst, **kwargs))
+    return None
 
 
 def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -377,7 +378,7 @@ class Saver:
 
     def _link(self, target: str, link: str) -> None:
         try:
-            os.link(target, link)
+            system.link(target, link)
         except FileExistsError:
             raise
         except OSError:
@@ -405,7 +406,25 @@ class Saver:
         recent = len(versions) - journal.KEEP_ENTRIES
         return [version for number, version in enumerate(versions) if version.kept or number >= recent]
 
-    # Moving.
+    # Linking and moving.
+
+    def link(self, source: str, target: str, link: Callable[[], Any]) -> None:
+        """Give a file one more name by the program's own `link`: what is known of it holds for that name, too."""
+        known = journal.lying(source) if system.isfile(source) and not os.path.islink(source) else None
+        if known is None or not _takes_files(os.path.dirname(target)):
+            link()
+            return
+        with self.units.locked(target):
+            save = self.units.begin(target)
+            link()  # First: where it fails, the program may copy the file instead, and nothing is to be undone.
+            with contextlib.suppress(OSError):  # Then nothing is known of that name, which is no damage.
+                journal.write(target, [dataclasses.replace(known, save=save, kept="")])
+                system.sync_dir(os.path.dirname(target))
+            self.units.saved(target)
+        if source in self.mine:
+            self.mine[target] = self.mine[source]
+        if self.settings.mirror:
+            self.mirror.copy(target)
 
     def move(self, source: str, target: str, rename: Callable[[], Any], *, across: bool) -> bool:
         """Move a file over another, by the program's own `rename` where that can be atomic, else by a whole copy.
