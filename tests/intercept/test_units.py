@@ -551,6 +551,31 @@ def test_a_pair_that_another_rank_completed_is_complete_though_rank_0_was_killed
     assert "[2, 2]" in output, output
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--complete", "model.pth,optimizer.pth,epoch.json"), ("--complete", "checkpoint")],
+    ids=["files", "a directory"],
+)
+def test_a_checkpoint_of_one_name_that_is_overwritten_and_loaded_by_its_path_is_taken_back(
+    tmp_path: Path, options: tuple[str, str]
+) -> None:
+    """As skorch keeps its newest state; nobody lists the directory above."""
+    save = """
+        import json, os, torch
+        def save(step):
+            os.makedirs("checkpoint", exist_ok=True)
+            for name in ("model", "optimizer"): torch.save([step], f"checkpoint/{name}.pth")
+            with open("checkpoint/epoch.json", "w") as file:
+                json.dump([step], file)
+                if step == 3: os.kill(os.getpid(), 9)
+        for step in (1, 2, 3): save(step)
+    """
+    assert start(tmp_path, save, *options)[0] == KILLED
+    load = "import json, torch; print([torch.load(f'checkpoint/{name}.pth') for name in ('model', 'optimizer')]"
+    code, output = start(tmp_path, load + ", json.load(open('checkpoint/epoch.json')))", *options)
+    assert code == 0 and "[[2], [2]] [2]" in output, output
+
+
 SHARDED = """
     import os, pickle, torch
     from pathlib import Path

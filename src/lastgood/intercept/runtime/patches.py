@@ -189,8 +189,10 @@ def _intact(name: Any) -> str | None:
     if "off" in _done or not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
         return None
     path = os.path.abspath(os.fspath(name))
-    saver.units.settle(os.path.realpath(os.path.dirname(path)))
     target = os.path.realpath(path)
+    unit = saver.units.unit_of(target)
+    for directory in {os.path.realpath(os.path.dirname(path)), *([unit.directory] if unit is not None else [])}:
+        saver.units.settle(directory)
     if target in saver.pretended:
         _await(target)
     return _fallback.instead_of(path, target)

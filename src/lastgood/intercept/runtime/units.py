@@ -104,8 +104,9 @@ class Units:
             if len(parts) > 1:
                 for part in parts:
                     match = re.fullmatch(re.escape(part).replace(r"\*", "(.*)", 1).replace(r"\*", ".*"), name)
-                    if match:
-                        return Unit(directory, [p.replace("*", match.group(1)) for p in parts], True)
+                    if match and ("*" in part or "*" not in pattern):
+                        text = match.group(1) if match.lastindex else ""
+                        return Unit(directory, [p.replace("*", text) for p in parts], True)
                 continue
             here = directory
             for _ in range(3):
