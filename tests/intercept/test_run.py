@@ -503,6 +503,27 @@ def test_a_resumed_program_that_deletes_a_checkpoint_deletes_its_earlier_version
     assert not list((tmp_path / ".lastgood" / "history").iterdir()) and not journal.verify(tmp_path)
 
 
+@pytest.mark.parametrize("again", [True, False], ids=["saved again", "not saved again"])
+def test_a_failed_save_that_a_process_after_it_makes_good_is_no_failure_of_the_program(
+    tmp_path: Path, again: bool
+) -> None:
+    """As torchrun starts ranks anew, of which one died while it saved."""
+    code, output = start(
+        tmp_path,
+        f"""
+        import subprocess, sys, torch
+        class Bad:
+            def __reduce__(self): raise RuntimeError("no")
+        if sys.argv[1:] == ["bad"]: torch.save([1, Bad()], "rank1.pt")
+        if sys.argv[1:]: torch.save([2], "rank1.pt" if {again} else "other.pt"); sys.exit()
+        codes = [subprocess.run([sys.executable, "script.py", arg]).returncode for arg in ("good", "bad", "good")]
+        assert codes == [0, 1, 0], codes
+        """,
+    )
+    assert code == (0 if again else launch.LAST_SAVE_FAILED), output
+    assert "1 failed" in output and ("last save FAILED" in output) == (not again), output
+
+
 def test_a_failed_save_that_is_made_good_by_the_next_is_no_failure_of_the_program(tmp_path: Path) -> None:
     code, output = start(
         tmp_path,

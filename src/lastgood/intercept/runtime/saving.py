@@ -170,7 +170,7 @@ class Saver:
                 system.remove(temporary)
         self.units.wrote(temporary, failed=path)
         if not isinstance(error, GeneratorExit):
-            self.report.failed(f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
+            self.report.failed(path, f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
 
     @contextlib.contextmanager
     def reporting(self, path: str) -> Iterator[None]:
@@ -178,7 +178,7 @@ class Saver:
         try:
             yield
         except Exception as error:
-            self.report.failed(f"{path} was not saved: {error!r}")
+            self.report.failed(path, f"{path} was not saved: {error!r}")
             raise
 
     def _keep_aside(self, source: str, target: str, kind: str) -> str:
@@ -201,7 +201,7 @@ class Saver:
         try:
             return self._put(source, target, size, crc, called, begins=begins)
         except FileNotFoundError as error:
-            self.report.failed(f"{target} was not saved: {error!r}")
+            self.report.failed(target, f"{target} was not saved: {error!r}")
             raise
 
     def _put(
@@ -347,7 +347,7 @@ class Saver:
             f"{target} could not be replaced: {error.strerror or error}. The complete new file is {source}; the "
             f"old one is unchanged. Close the program that has {os.path.basename(target)} open, then rename it by hand"
         )
-        self.report.failed(message)
+        self.report.failed(target, message)
         refused = type(error)(error.errno, message)
         if getattr(error, "winerror", None) is not None:
             refused.winerror = error.winerror  # type: ignore[attr-defined,unused-ignore]
@@ -449,7 +449,7 @@ class Saver:
         except FileNotFoundError as error:
             # Where it is gone, another rank may have moved it, with the lock or, after a deadline, without.
             if system.exists(source):
-                self.report.failed(f"{target} was not saved: {error!r}")
+                self.report.failed(target, f"{target} was not saved: {error!r}")
                 raise
             return self._moved_by_another(source, target, rename)
 
@@ -509,7 +509,7 @@ class Saver:
         except FileNotFoundError:
             raise  # Another rank may have moved it: the caller looks.
         except OSError as error:
-            self.report.failed(f"{target} was not saved: {error!r}")
+            self.report.failed(target, f"{target} was not saved: {error!r}")
             raise
         with opened as reader:
             temporary = self.temporary(target)
