@@ -576,6 +576,16 @@ def test_a_checkpoint_of_one_name_that_is_overwritten_and_loaded_by_its_path_is_
     assert code == 0 and "[[2], [2]] [2]" in output, output
 
 
+@pytest.mark.parametrize("wrote", ["part('model', 2), part('optimizer', 2)", "os.mkdir('checkpoint-2')"])
+def test_a_directory_is_finished_when_the_program_deletes_the_one_before(tmp_path: Path, wrote: str) -> None:
+    """As speechbrain does: if the new one were set aside after that, there would be none."""
+    wrote = wrote.replace(", 2)", ", 2, 'checkpoint-2')")
+    code = "import shutil\nwhole()\nshutil.rmtree('checkpoint-0', ignore_errors=True)\n"
+    code, output = run(tmp_path, code + wrote + "\nshutil.rmtree('checkpoint-1')\nkill()", *COMPLETE)
+    assert code == KILLED, output
+    assert ("['checkpoint-2']" if "part" in wrote else "[]") in listed(tmp_path), output
+
+
 SHARDED = """
     import os, pickle, torch
     from pathlib import Path

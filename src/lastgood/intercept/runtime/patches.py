@@ -447,6 +447,7 @@ def _rmtree(path: Any, *args: Any, **kwargs: Any) -> Any:
     name = None if kwargs.get("dir_fd") is not None else files.absolute(path)
     if name is not None and saver.units.is_directory(name) and os.path.isdir(name) and not os.path.islink(name):
         system.clear_leftovers(os.path.dirname(name))
+        saver.units.is_deleting(name)
         try:
             hidden = system.temporary(name)
             system.rename(name, hidden)

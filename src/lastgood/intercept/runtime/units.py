@@ -295,6 +295,14 @@ class Units:
                 self._end(marker)
 
     @_alone
+    def is_deleting(self, path: str) -> None:
+        """A program that deletes an earlier directory has what it needs in the newer one, or it will have nothing."""
+        directory, name = os.path.split(path)
+        here = [mark for mark in self._open.values() if mark.content["directory"] == directory]
+        if any(mark.saved and mark.content["names"] != [name] for mark in here):
+            self._end_directories(directory)
+
+    @_alone
     def deleted(self, path: str) -> None:
         """A directory is gone; if it is made again, that is another one."""
         unit = self.unit_of(os.path.join(path, ""))
