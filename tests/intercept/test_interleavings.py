@@ -101,9 +101,8 @@ class World:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.processes: dict[int, Process] = {}
         self.stops_at_looks = False
-        for name in ("replace", "rename", "remove", "copyfile", "mkdir"):
+        for name in ("replace", "rename", "link", "remove", "copyfile", "mkdir"):
             patch.setattr(system, name, self._stopping(getattr(system, name)))
-        patch.setattr(os, "link", self._stopping(os.link))
         patch.setattr(system, "open_file", self._opening(system.open_file))
         patch.setattr(system, "listdir", self._looking(system.listdir))
         patch.setattr(system, "stat", self._looking(system.stat))

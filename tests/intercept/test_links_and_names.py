@@ -392,3 +392,32 @@ def test_what_was_replaced_gives_its_space_back_though_a_child_was_forked_meanwh
         str(history),
     )
     assert code == 0, output
+
+
+def test_a_second_name_of_a_checkpoint_is_checked_as_the_first(tmp_path: Path) -> None:
+    """As timm names its checkpoints: the last one is linked to the name of its epoch."""
+    code, output = start(
+        tmp_path,
+        """
+        import os, torch
+        for epoch in range(3):
+            torch.save({"epoch": epoch}, "tmp.pth.tar")
+            os.replace("tmp.pth.tar", "last.pth.tar")
+            os.link("last.pth.tar", f"checkpoint-{epoch}.pth.tar")
+            if epoch: os.unlink(f"checkpoint-{epoch - 1}.pth.tar")
+        torch.save({"epoch": 9}, "new")                    # Put in place without replacing anything.
+        os.link("new", "best.pth.tar")
+        os.unlink("new")
+        try: os.link("last.pth.tar", "best.pth.tar")
+        except FileExistsError: print("EXISTS")
+        """,
+    )
+    assert code == 0 and "EXISTS" in output and "0 failed" in output, output
+    assert torch.load(tmp_path / "best.pth.tar")["epoch"] == 9
+    found = {Path(finding.path).name: finding.damage for finding in journal.verify(tmp_path)}
+    assert {name for name in found if "." in name} >= {"last.pth.tar", "checkpoint-2.pth.tar", "best.pth.tar"}
+    assert not any(found.values()) and "checkpoint-1.pth.tar" not in found
+    path = tmp_path / "checkpoint-2.pth.tar"
+    path.write_bytes(path.read_bytes()[:-9])
+    code, output = start(tmp_path, "import torch; torch.load('checkpoint-2.pth.tar')")
+    assert code == 1 and "checkpoint-2.pth.tar is damaged" in output, output

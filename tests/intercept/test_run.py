@@ -442,6 +442,38 @@ def test_what_another_program_wrote_without_checksums_is_not_called_damaged(tmp_
         assert "is damaged" in output and code == 1, output
 
 
+@pytest.mark.parametrize("later", [True, False], ids=["written later", "changed in place"])
+def test_what_another_program_wrote_in_a_format_without_checksums_is_not_called_damaged(
+    tmp_path: Path, later: bool
+) -> None:
+    """As a resumed program does that is started without us; a disk that fails leaves no date."""
+    save = """
+        import json, pickle, sys, torch
+        from safetensors.torch import save
+        i = int(sys.argv[1])
+        torch.save({"i": i, "w": torch.ones(99 * i)}, "last.pth", _use_new_zipfile_serialization=False)
+        with open("params.pt", "wb") as file: file.write(save({"w": torch.ones(99 * i)}))
+        with open("net.pkl", "wb") as file: pickle.dump([i] * 99 * i, file)
+        with open("state.json", "w") as file: json.dump([i] * 99 * i, file)
+        with open("meta.yaml", "w") as file: file.write("[1] " * i)
+    """
+    names = ("last.pth", "params.pt", "net.pkl", "state.json", "meta.yaml")
+    assert start(tmp_path, save.replace("sys.argv[1]", "1"))[0] == 0
+    saved = {name: (tmp_path / name).stat().st_mtime for name in names}
+    assert start(tmp_path, save.replace("sys.argv[1]", "2"), protected=False)[0] == 0
+    for name, when in saved.items():
+        os.utime(tmp_path / name, (when + 5 * later, when + 5 * later))
+    damaged = [Path(finding.path).name for finding in journal.verify(tmp_path) if finding.damage]
+    assert damaged == ([] if later else sorted(names))
+    code, output = start(tmp_path, "import torch; print('loaded', torch.load('last.pth')['i'])")
+    assert ("loaded 2" in output and code == 0) if later else ("is damaged" in output and code == 1), output
+    for name, torn in (("last.pth", bytes(999)), ("net.pkl", b""), ("state.json", b"[1, 2")):
+        (tmp_path / name).write_bytes(torn)
+        os.utime(tmp_path / name, (saved[name] + 5, saved[name] + 5))
+    damaged = [Path(finding.path).name for finding in journal.verify(tmp_path) if finding.damage]
+    assert set(damaged) >= {"last.pth", "net.pkl", "state.json"}
+
+
 @pytest.mark.parametrize("target", ['"last.pth"', 'open("last.pth", "wb")'])
 @pytest.mark.parametrize("save_on", ["auto", "rank0"])
 def test_data_that_the_program_writes_after_the_save_is_not_called_damaged(
@@ -527,6 +559,27 @@ def test_a_resumed_program_that_deletes_a_checkpoint_deletes_its_earlier_version
     assert len(list((tmp_path / ".lastgood" / "history").iterdir())) == 1
     assert start(tmp_path, "import os, torch\nos.remove('last.pth')")[0] == 0
     assert not list((tmp_path / ".lastgood" / "history").iterdir()) and not journal.verify(tmp_path)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["saved again", "not saved again"])
+def test_a_failed_save_that_a_process_after_it_makes_good_is_no_failure_of_the_program(
+    tmp_path: Path, again: bool
+) -> None:
+    """As torchrun starts ranks anew, of which one died while it saved."""
+    code, output = start(
+        tmp_path,
+        f"""
+        import subprocess, sys, torch
+        class Bad:
+            def __reduce__(self): raise RuntimeError("no")
+        if sys.argv[1:] == ["bad"]: torch.save([1, Bad()], "rank1.pt")
+        if sys.argv[1:]: torch.save([2], "rank1.pt" if {again} else "other.pt"); sys.exit()
+        codes = [subprocess.run([sys.executable, "script.py", arg]).returncode for arg in ("good", "bad", "good")]
+        assert codes == [0, 1, 0], codes
+        """,
+    )
+    assert code == (0 if again else launch.LAST_SAVE_FAILED), output
+    assert "1 failed" in output and ("last save FAILED" in output) == (not again), output
 
 
 def test_a_failed_save_that_is_made_good_by_the_next_is_no_failure_of_the_program(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_run import posix, start
 
+from lastgood.intercept import journal
 from lastgood.intercept.runtime import system
 
 # Any library that is watched will do, and torch takes seconds to import.
@@ -360,7 +361,8 @@ def test_a_pair_is_taken_back_where_the_file_system_has_no_links(tmp_path: Path)
         + textwrap.dedent(
             """
             def link(*_, **__): raise OSError(1, "Operation not permitted")
-            os.link = link
+            import _lastgood_run.system as system
+            system.link = link
             both(1), both(2), save("G", 3), os.kill(os.getpid(), 9)
             """
         ),
@@ -579,3 +581,101 @@ def test_a_pair_that_another_rank_completed_is_complete_though_rank_0_was_killed
         *GPT_SOVITS,
     )
     assert "[2, 2]" in output, output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--complete", "model.pth,optimizer.pth,epoch.json"), ("--complete", "checkpoint")],
+    ids=["files", "a directory"],
+)
+def test_a_checkpoint_of_one_name_that_is_overwritten_and_loaded_by_its_path_is_taken_back(
+    tmp_path: Path, options: tuple[str, str]
+) -> None:
+    """As skorch keeps its newest state; nobody lists the directory above."""
+    save = """
+        import json, os, torch
+        def save(step):
+            os.makedirs("checkpoint", exist_ok=True)
+            for name in ("model", "optimizer"): torch.save([step], f"checkpoint/{name}.pth")
+            with open("checkpoint/epoch.json", "w") as file:
+                json.dump([step], file)
+                if step == 3: os.kill(os.getpid(), 9)
+        for step in (1, 2, 3): save(step)
+    """
+    assert start(tmp_path, save, *options)[0] == KILLED
+    load = "import json, torch; print([torch.load(f'checkpoint/{name}.pth') for name in ('model', 'optimizer')]"
+    code, output = start(tmp_path, load + ", json.load(open('checkpoint/epoch.json')))", *options)
+    assert code == 0 and "[[2], [2]] [2]" in output, output
+
+
+@pytest.mark.parametrize("wrote", ["part('model', 2), part('optimizer', 2)", "os.mkdir('checkpoint-2')"])
+def test_a_directory_is_finished_when_the_program_deletes_the_one_before(tmp_path: Path, wrote: str) -> None:
+    """As speechbrain does: if the new one were set aside after that, there would be none."""
+    wrote = wrote.replace(", 2)", ", 2, 'checkpoint-2')")
+    code = "import shutil\nwhole()\nshutil.rmtree('checkpoint-0', ignore_errors=True)\n"
+    code, output = run(tmp_path, code + wrote + "\nshutil.rmtree('checkpoint-1')\nkill()", *COMPLETE)
+    assert code == KILLED, output
+    assert ("['checkpoint-2']" if "part" in wrote else "[]") in listed(tmp_path), output
+
+
+def test_a_program_that_deletes_the_oldest_in_the_middle_of_a_save_has_not_finished_it(tmp_path: Path) -> None:
+    """As the older examples of Hugging Face do, between the model and the optimizer."""
+    code = "import shutil\nfor step in (0, 1): part('model', step, f'checkpoint-{step}')\n"
+    code += "part('model', 2, 'checkpoint-2')\nshutil.rmtree('checkpoint-0')\nkill()"
+    ended, output = run(tmp_path, code, *COMPLETE)
+    assert ended == KILLED, output
+    assert "['checkpoint-1']" in listed(tmp_path), output
+
+
+SHARDED = """
+    import os, pickle, torch
+    from pathlib import Path
+    from safetensors.torch import load_file, save_file
+    rank = os.environ["RANK"]
+    directory = Path("step_1")
+    directory.mkdir(exist_ok=True)
+
+    def save_as_torch_distributed_does():
+        with (directory / f"__{rank}_0.distcp").open("wb") as file:
+            torch.save([1, rank], file)
+            os.fsync(file.fileno())
+        if rank == "0":
+            with (directory / ".metadata.tmp").open("wb") as file: pickle.dump([1], file)
+            (directory / ".metadata.tmp").rename(directory / ".metadata")
+
+    def load_as_torch_distributed_does():
+        for name in (".metadata", "__0_0.distcp"):
+            with (directory / name).open("rb") as file: file.read()
+
+    def save_shards():
+        for i in (1, 2): save_file({"w": torch.full((9,), float(i))}, f"step_1/model-0000{i}-of-00002.safetensors")
+"""
+
+
+@pytest.mark.parametrize(
+    "save, load, damaged",
+    [
+        ("save_as_torch_distributed_does()", "load_as_torch_distributed_does()", "__0_0.distcp"),
+        ("save_as_torch_distributed_does()", "load_as_torch_distributed_does()", ".metadata"),
+        ("save_shards()", "load_file('step_1/model-00002-of-00002.safetensors')", "model-00002-of-00002.safetensors"),
+        ("torch.save([rank], f'step_1/mp_rank_0{rank}.pt')", "torch.load('step_1/mp_rank_01.pt')", "mp_rank_01.pt"),
+    ],
+    ids=["a shard of torch.distributed", "its directory", "a shard of safetensors", "a rank's part"],
+)
+def test_another_part_of_a_checkpoint_does_not_stand_in_for_a_damaged_one(
+    tmp_path: Path, save: str, load: str, damaged: str
+) -> None:
+    """Without --complete: their names differ by a number, as those of two steps do."""
+    for rank in "01":
+        code, output = start(tmp_path, textwrap.dedent(SHARDED) + save, RANK=rank)
+        assert code == 0, output
+    assert damaged in {Path(finding.path).name for finding in journal.verify(tmp_path)}
+    assert start(tmp_path, textwrap.dedent(SHARDED) + load, "--fallback", RANK="0")[0] == 0
+    path = tmp_path / "step_1" / damaged
+    before = path.stat()
+    data = path.read_bytes()
+    middle = data.rfind(b"data.pkl") if data[:2] == b"PK" else len(data) - 1
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    code, output = start(tmp_path, textwrap.dedent(SHARDED) + load, "--fallback", RANK="0")
+    assert code == 1 and f"{damaged} is damaged" in output and "load another checkpoint" in output, output

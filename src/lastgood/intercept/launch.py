@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from lastgood.errors import LastGoodError
+from lastgood.intercept.runtime import journal
 from lastgood.intercept.runtime.report import FIELDS
 from lastgood.intercept.runtime.settings import VARIABLE, Settings
 
@@ -67,7 +68,7 @@ def run(command: list[str], settings: Settings) -> Result:
     settings = replace(settings, run=settings.run or uuid.uuid4().hex, state=state, start=os.getcwd())
     try:
         code = _run(command, environment(settings))
-        counts, failed = _collect(Path(state))
+        counts, failed = _collect(Path(state), settings.run)
     finally:
         shutil.rmtree(state, ignore_errors=True)
     if code == 0 and failed:
@@ -107,7 +108,13 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _collect(state: Path) -> tuple[dict[str, float], list[str]]:
+def _made_good(content: dict[str, Any], run: str) -> bool:
+    """Whether a process of this run saved later what the last save of another was to save: torchrun restarts ranks."""
+    versions = journal.read(content["last_failed_path"])
+    return any(version.run == run and version.time > content["last_failed_at"] for version in versions)
+
+
+def _collect(state: Path, run: str) -> tuple[dict[str, float], list[str]]:
     counts: dict[str, float] = dict.fromkeys(FIELDS, 0)
     failed = []
     for path in state.glob("*.json"):
@@ -117,7 +124,7 @@ def _collect(state: Path) -> tuple[dict[str, float], list[str]]:
             continue  # The process was killed while it wrote its counts.
         for name in FIELDS:
             counts[name] += content.get(name, 0)
-        if content.get("last_failed"):
+        if content.get("last_failed") and not _made_good(content, run):
             failed.append(str(content["last_failed"]))
     return counts, failed
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 
 from . import journal, system
 from .report import Report
 from .units import Units
+
+_PART = re.compile(r"\d[-_]of[-_]?\d|\.distcp$|\.metadata$")
+"""Names of files that fit to the others of their save only: model-00001-of-00003.safetensors, __0_0.distcp."""
 
 
 class DamagedFileError(RuntimeError):
@@ -51,6 +55,8 @@ class Fallback:
         if fellows:
             names = ", ".join(sorted(os.path.basename(fellow) for fellow in fellows))
             raise self._refusal([target], f"{found} It and {names} belong together: load another checkpoint.")
+        if _PART.search(os.path.basename(target)):
+            raise self._refusal([target], f"{found} It is one part of several files: load another checkpoint.")
         newest = next(journal.intact_versions(target), None)
         if newest is None:
             raise self._refusal([target], f"{found} There is no intact version of it; load another checkpoint.")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,18 +20,21 @@ from . import system
 from .saving import Raw, Saver
 from .settings import PRIVATE, SIDE_FILES
 
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pth.tar", ".pt.tar")
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pth.tar", ".pt.tar", ".distcp")
+SHARDS = (".distcp", ".metadata")
+"""What torch.distributed.checkpoint writes, and reads through `open`: nothing else of it passes here."""
 
 _PATH_OPENER = getattr(pathlib.Path, "_opener", None)
 """Until Python 3.9, pathlib opens files through this, which does what `open` does by itself."""
 
 _saver: Saver
+_check: Callable[[Any], Any]
 
 
-def use(saver: Saver) -> None:
-    """Bind the functions of this module to the saver of this process."""
-    global _saver
-    _saver = saver
+def use(saver: Saver, check: Callable[[Any], Any]) -> None:
+    """Bind the functions of this module to the saver of this process, and to what refuses a damaged file."""
+    global _saver, _check
+    _saver, _check = saver, check
 
 
 def absolute(path: Any) -> str | None:
@@ -252,6 +255,8 @@ def open(
         or (opener is not None and getattr(opener, "__func__", None) is not _PATH_OPENER)
         or not isinstance(file, (str, os.PathLike))
     ):
+        if mode == "rb" and isinstance(file, (str, os.PathLike)) and os.fspath(file).endswith(SHARDS):
+            _check(file)
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
     name = absolute(file)
     if name is None or not is_checkpoint(name):

@@ -189,7 +189,7 @@ def _fits(path: str, version: Version) -> bool:
 def zip_directory(path: str) -> int:
     """Where the directory of a zip file begins; 0 where that cannot be told, or not all before it has a checksum."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with system.open_file(path, "rb") as file, zipfile.ZipFile(file) as archive:
             if all(member.CRC or not member.file_size for member in archive.infolist()):
                 return archive.start_dir
     except (OSError, ValueError, zipfile.BadZipFile):
@@ -198,20 +198,27 @@ def zip_directory(path: str) -> int:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether the format itself shows that a file is whole: a zip's checksums, a safetensors file's length."""
+    """Whether a file that is not what was saved is nevertheless whole, as far as its format shows that."""
     try:
-        if path.endswith(".safetensors"):
-            with system.open_file(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
+        with system.open_file(path, "rb") as file:
+            begin = file.read(8)
+            if path.endswith(".safetensors"):
+                (length,) = struct.unpack("<Q", begin)
                 header = json.loads(file.read(length)) if length < 1 << 28 else {}
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            # The format has no checksum: right in length and still not what was saved means changed bytes, unless
-            # another program wrote it, which the time of change shows.
-            return bool(ends) and 8 + length + max(ends) == system.getsize(path) and _changed_later(path)
-        with zipfile.ZipFile(path) as archive:
-            if not any(member.CRC for member in archive.infolist()):
-                return _changed_later(path)  # torch.serialization.set_crc32_options(False): as above.
-            return archive.testzip() is None
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                # The format has no checksum: right in length and still not what was saved means changed bytes, unless
+                # another program wrote it, which the time of change shows.
+                return bool(ends) and 8 + length + max(ends) == system.getsize(path) and _changed_later(path)
+            if begin[:2] != b"PK":
+                if path.endswith(".json"):
+                    json.loads(begin + file.read())
+                # Pickles, YAML, torch's old format: as above. Empty, or with zeros at its beginning, is what a crash of
+                # the system leaves of a file that was not synced.
+                return bool(begin[:4].strip(b"\0")) and _changed_later(path)
+            with zipfile.ZipFile(file) as archive:
+                if not any(member.CRC for member in archive.infolist()):
+                    return _changed_later(path)  # torch.serialization.set_crc32_options(False): as above.
+                return archive.testzip() is None
     except (
         OSError,
         ValueError,
@@ -262,10 +269,13 @@ def path_of_save(target: str, save: int) -> str | None:
 def intact_versions(target: str) -> Iterator[tuple[str, Version]]:
     """Paths that can stand in for a damaged file, newest first: its earlier versions, then its siblings."""
     directory = os.path.dirname(target)
-    candidates = [(v.time, history_path(target, v.kept), v) for v in read(target) if v.kept]
+    versions = read(target)
+    candidates = [(v.time, history_path(target, v.kept), v) for v in versions if v.kept]
     for name in siblings(target):
         sibling = os.path.join(directory, name)
-        candidates += [(v.time, sibling, v) for v in read(sibling)[-1:]]
+        # The number in a name may be a rank's, and then the file is another part of the same step.
+        same_rank = [v for v in read(sibling)[-1:] if v.rank == versions[-1].rank or -1 in (v.rank, versions[-1].rank)]
+        candidates += [(v.time, sibling, v) for v in same_rank]
     for _, path, version in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
         if system.isfile(path) and not check(path, [version]):
             yield path, version

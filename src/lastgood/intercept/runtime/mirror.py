@@ -43,7 +43,7 @@ class Mirror:
         """Copy a file that was just put in place. A link holds this version until it is copied."""
         link = system.temporary(path)
         try:
-            os.link(path, link)
+            system.link(path, link)
         except OSError:
             link = path  # No hard links here: the copy is of whatever has the name when it is read.
         self._do(path, link)

@@ -189,8 +189,10 @@ def _intact(name: Any) -> str | None:
     if "off" in _done or not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
         return None
     path = os.path.abspath(os.fspath(name))
-    saver.units.settle(os.path.realpath(os.path.dirname(path)))
     target = os.path.realpath(path)
+    unit = saver.units.unit_of(target)
+    for directory in {os.path.realpath(os.path.dirname(path)), *([unit.directory] if unit is not None else [])}:
+        saver.units.settle(directory)
     if target in saver.pretended:
         _await(target)
     return _fallback.instead_of(path, target)
@@ -273,10 +275,11 @@ def _patch_lightning(module: Any) -> None:
 
 
 def _patch_system() -> None:
-    files.use(saver)
+    files.use(saver, _intact)
     functions: dict[str, Any] = {
         "rename": _rename(system.rename),
         "replace": _rename(system.replace),
+        "link": _link,
         "remove": _remove,
         "unlink": _remove,
         "mkdir": _mkdir,
@@ -337,6 +340,17 @@ def _rename(original: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return rename
+
+
+def _link(src: Any, dst: Any, **kwargs: Any) -> None:
+    source, target = files.absolute(src), files.absolute(dst)
+    if source is None or target is None or not {"src_dir_fd", "dst_dir_fd"}.isdisjoint(kwargs):
+        return system.link(src, dst, **kwargs)
+    if source in saver.pretended:
+        saver.pretend(target, saver.pretended[source])
+        return None
+    saver.link(source, target, lambda: system.link(src, dst, **kwargs))
+    return None
 
 
 def _move(src: Any, dst: Any, copy_function: Any = shutil.copy2) -> Any:
@@ -433,6 +447,7 @@ def _rmtree(path: Any, *args: Any, **kwargs: Any) -> Any:
     name = None if kwargs.get("dir_fd") is not None else files.absolute(path)
     if name is not None and saver.units.is_directory(name) and os.path.isdir(name) and not os.path.islink(name):
         system.clear_leftovers(os.path.dirname(name))
+        saver.units.is_deleting(name)
         try:
             hidden = system.temporary(name)
             system.rename(name, hidden)

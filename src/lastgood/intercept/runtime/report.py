@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 FIELDS = ("saves", "bytes", "seconds", "retries", "collisions", "failures", "set_aside", "fallbacks", "refusals")
@@ -27,6 +28,8 @@ class Report:
         self._lock = threading.RLock()  # A signal handler or a finalizer may save, too.
         self.counts = dict.fromkeys(FIELDS, 0)
         self.counts["last_failed"] = ""
+        self.counts["last_failed_path"] = ""
+        self.counts["last_failed_at"] = 0.0
 
     def add(self, **amounts: float) -> None:
         with self._lock:
@@ -34,11 +37,13 @@ class Report:
                 self.counts[name] += amount
             self._leave()
 
-    def failed(self, message: str) -> None:
-        """The last save of this process failed; cleared by the next that succeeds."""
+    def failed(self, path: str, message: str) -> None:
+        """The last save of this process failed; cleared by the next that succeeds, or by another's of this `path`."""
         with self._lock:
             self.counts["failures"] += 1
             self.counts["last_failed"] = message
+            self.counts["last_failed_path"] = path
+            self.counts["last_failed_at"] = time.time()
             self._leave()
 
     def saved(self, size: int, seconds: float, *, again: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -171,7 +172,7 @@ class Saver:
                 system.remove(temporary)
         self.units.wrote(temporary, failed=path)
         if not isinstance(error, GeneratorExit):
-            self.report.failed(f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
+            self.report.failed(path, f"{path} was not saved: {error!r}; {more}what had this name before is unchanged")
 
     @contextlib.contextmanager
     def reporting(self, path: str) -> Iterator[None]:
@@ -179,7 +180,7 @@ class Saver:
         try:
             yield
         except Exception as error:
-            self.report.failed(f"{path} was not saved: {error!r}")
+            self.report.failed(path, f"{path} was not saved: {error!r}")
             raise
 
     def _keep_aside(self, source: str, target: str, kind: str) -> str:
@@ -202,7 +203,7 @@ class Saver:
         try:
             return self._put(source, target, size, crc, called, begins=begins)
         except FileNotFoundError as error:
-            self.report.failed(f"{target} was not saved: {error!r}")
+            self.report.failed(target, f"{target} was not saved: {error!r}")
             raise
 
     def _put(
@@ -350,7 +351,7 @@ class Saver:
             f"{target} could not be replaced: {error.strerror or error}. The complete new file is {source}; the "
             f"old one is unchanged. Close the program that has {os.path.basename(target)} open, then rename it by hand"
         )
-        self.report.failed(message)
+        self.report.failed(target, message)
         refused = type(error)(error.errno, message)
         if getattr(error, "winerror", None) is not None:
             refused.winerror = error.winerror  # type: ignore[attr-defined,unused-ignore]
@@ -383,7 +384,7 @@ class Saver:
 
     def _link(self, target: str, link: str) -> None:
         try:
-            os.link(target, link)
+            system.link(target, link)
         except FileExistsError:
             raise
         except OSError:
@@ -414,7 +415,25 @@ class Saver:
         recent = len(versions) - journal.KEEP_ENTRIES
         return [version for number, version in enumerate(versions) if version.kept or number >= recent]
 
-    # Moving.
+    # Linking and moving.
+
+    def link(self, source: str, target: str, link: Callable[[], Any]) -> None:
+        """Give a file one more name by the program's own `link`: what is known of it holds for that name, too."""
+        known = journal.lying(source) if system.isfile(source) and not os.path.islink(source) else None
+        if known is None or not _takes_files(os.path.dirname(target)):
+            link()
+            return
+        with self.units.locked(target):
+            save = self.units.begin(target)
+            link()  # First: where it fails, the program may copy the file instead, and nothing is to be undone.
+            with contextlib.suppress(OSError):  # Then nothing is known of that name, which is no damage.
+                journal.write(target, [dataclasses.replace(known, save=save, kept="")])
+                system.sync_dir(os.path.dirname(target))
+            self.units.saved(target)
+        if source in self.mine:
+            self.mine[target] = self.mine[source]
+        if self.settings.mirror:
+            self.mirror.copy(target)
 
     def move(self, source: str, target: str, rename: Callable[[], Any], *, across: bool) -> bool:
         """Move a file over another, by the program's own `rename` where that can be atomic, else by a whole copy.
@@ -439,7 +458,7 @@ class Saver:
         except FileNotFoundError as error:
             # Where it is gone, another rank may have moved it, with the lock or, after a deadline, without.
             if system.exists(source):
-                self.report.failed(f"{target} was not saved: {error!r}")
+                self.report.failed(target, f"{target} was not saved: {error!r}")
                 raise
             return self._moved_by_another(source, target, rename)
 
@@ -504,7 +523,7 @@ class Saver:
         except FileNotFoundError:
             raise  # Another rank may have moved it: the caller looks.
         except OSError as error:
-            self.report.failed(f"{target} was not saved: {error!r}")
+            self.report.failed(target, f"{target} was not saved: {error!r}")
             raise
         with opened as reader:
             temporary = self.temporary(target)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 VARIABLE = "LASTGOOD_RUN"
 PRIVATE = ".lastgood"
 """The directory beside the saved files that holds the journal, temporary files and earlier versions."""
-SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model")
+SIDE_FILES = (".json", ".txt", ".npy", ".npz", ".yaml", ".yml", ".pkl", ".pickle", ".model", ".metadata")
 """Written safely in a directory of checkpoints only: elsewhere they are data, by the hundred thousand."""
 
 

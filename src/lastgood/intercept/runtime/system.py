@@ -26,6 +26,7 @@ listdir = os.listdir
 scandir = os.scandir
 rename = os.rename
 replace = os.replace
+link = os.link
 remove = os.remove
 rmdir = os.rmdir
 mkdir = os.mkdir

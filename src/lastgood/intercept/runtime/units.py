@@ -104,8 +104,9 @@ class Units:
             if len(parts) > 1:
                 for part in parts:
                     match = re.fullmatch(re.escape(part).replace(r"\*", "(.*)", 1).replace(r"\*", ".*"), name)
-                    if match:
-                        return Unit(directory, [p.replace("*", match.group(1)) for p in parts], True)
+                    if match and ("*" in part or "*" not in pattern):
+                        text = match.group(1) if match.lastindex else ""
+                        return Unit(directory, [p.replace("*", text) for p in parts], True)
                 continue
             here = directory
             for _ in range(3):
@@ -292,6 +293,18 @@ class Units:
         with self._lock:
             for marker in self._frameworks.pop():
                 self._end(marker)
+
+    @_alone
+    def is_deleting(self, path: str) -> None:
+        """Where a program deletes the last of the earlier directories, the newer one is finished, or it has nothing."""
+        directory, name = os.path.split(path)
+        here = [mark for mark in self._open.values() if mark.content["directory"] == directory]
+        if not any(mark.saved and mark.content["names"] != [name] for mark in here):
+            return
+        # Some delete an old one in the middle of a save. As long as another is there, that can wait.
+        others = set(system.listdir(directory)).difference([name], *(mark.content["names"] for mark in here))
+        if not any(self.is_directory(os.path.join(directory, other)) for other in others):
+            self._end_directories(directory)
 
     @_alone
     def deleted(self, path: str) -> None:
