@@ -255,7 +255,7 @@ def open(
         or (opener is not None and getattr(opener, "__func__", None) is not _PATH_OPENER)
         or not isinstance(file, (str, os.PathLike))
     ):
-        if mode == "rb" and isinstance(file, (str, os.PathLike)) and os.fspath(file).endswith(SHARDS):
+        if mode == "rb" and isinstance(file, (str, os.PathLike)) and os.fsdecode(file).endswith(SHARDS):
             _check(file)
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
     name = absolute(file)

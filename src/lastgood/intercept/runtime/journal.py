@@ -270,12 +270,12 @@ def intact_versions(target: str) -> Iterator[tuple[str, Version]]:
     """Paths that can stand in for a damaged file, newest first: its earlier versions, then its siblings."""
     directory = os.path.dirname(target)
     versions = read(target)
+    rank = versions[-1].rank if versions else -1
     candidates = [(v.time, history_path(target, v.kept), v) for v in versions if v.kept]
     for name in siblings(target):
         sibling = os.path.join(directory, name)
         # The number in a name may be a rank's, and then the file is another part of the same step.
-        same_rank = [v for v in read(sibling)[-1:] if v.rank == versions[-1].rank or -1 in (v.rank, versions[-1].rank)]
-        candidates += [(v.time, sibling, v) for v in same_rank]
+        candidates += [(v.time, sibling, v) for v in read(sibling)[-1:] if v.rank == rank or -1 in (v.rank, rank)]
     for _, path, version in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
         if system.isfile(path) and not check(path, [version]):
             yield path, version
