@@ -65,7 +65,7 @@ def difference(one: Any, two: Any, path: str = "") -> str | None:
         same = same and (one.tobytes() == two.tobytes() or (one.ndim == 0 and one != one and two != two))
         return None if same else f"{path}: {one} and {two}"
     if is_generator(one) and is_generator(two):
-        return difference(state_of_generator(one), state_of_generator(two), path)
+        return difference(state_of_generator(one, path), state_of_generator(two, path), path)
     return None if one == two or (repr(one) == repr(two) and hasattr(one, "__dict__")) else f"{path}: {one} and {two}"
 
 

@@ -76,6 +76,10 @@ class Descent(torch.optim.Optimizer):
             parameter.sub_(held["mean"].values(), alpha=0.1)
 
 
+def content(tensor: torch.Tensor) -> list[Any]:
+    return [part.tolist() for part in plain_parts(tensor)]
+
+
 def train(objects: Objects) -> None:
     objects["model"](torch.randn(3, SIZE)).square().mean().backward()
     objects["opt"].step()
@@ -129,6 +133,38 @@ def test_values(tmp_path: Path) -> None:
     round_trip(tmp_path, build)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_value_of_another_shape_or_made_in_another_way_is_replaced(tmp_path: Path, nested: bool) -> None:
+    def value(numbers: torch.Tensor, levels: int = 127) -> Any:
+        return {"in": Coarse.of(numbers, levels)} if nested else Coarse.of(numbers, levels)
+
+    with lastgood.Checkpointer(tmp_path, a=value(torch.arange(5.0)), b=value(torch.arange(4.0))) as ckpt:
+        ckpt.save(1)
+    with lastgood.Checkpointer(tmp_path, a=value(torch.ones(3)), b=value(torch.ones(4), levels=3)) as ckpt:
+        ckpt.restore()
+        for name, count in (("a", 5.0), ("b", 4.0)):
+            found = ckpt[name]["in"] if nested else ckpt[name]
+            assert content(found) == content(Coarse.of(torch.arange(count))) and found.levels == 127
+
+
+def test_what_does_not_fit_in_part_is_not_restored_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Quantized()
+    optimizer = torch.optim.SGD([model.weight], momentum=0.9)
+    optimizer.state[model.weight]["momentum_buffer"] = torch.ones(SIZE, SIZE)
+    with lastgood.Checkpointer(tmp_path, model=model, opt=optimizer) as ckpt:
+        ckpt.save(1)
+    other = Quantized()
+    other.weight.scale = torch.ones(2)
+    before = content(other.weight)
+    fresh = torch.optim.SGD([other.weight], momentum=0.9)
+    with lastgood.Checkpointer(tmp_path, model=other, opt=fresh) as ckpt:
+        with pytest.raises(lastgood.MismatchError, match=r"model\.weight\.scale is float32 \[1\] in the checkpoint"):
+            ckpt.restore()
+        assert ckpt.restore(strict=False) == 1
+    assert content(other.weight) == before and content(other.table) == content(model.table)
+    assert not fresh.state
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -167,6 +203,27 @@ def test_a_class_that_the_program_has_not_imported_is_named(tmp_path: Path, monk
     ):
         ckpt.restore()
     assert torch.equal(objects["model"].weight, before)
+
+
+def test_a_class_that_is_unknown_or_refuses_is_no_damage_where_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older checkpoint would be no better."""
+    with lastgood.Checkpointer(tmp_path, value=[1]) as ckpt:
+        ckpt.save(1)
+        ckpt["value"][:] = [Coarse.of(torch.ones(3))]
+        ckpt.save(2)
+    assert type(lastgood.load(tmp_path)["value"][0]) is Coarse
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("no such scale")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Coarse, "__tensor_unflatten__", refuse)
+        assert lastgood.load(tmp_path)["value"] == [1]  # What is saved there does not make one: it is damage.
+    monkeypatch.setattr(Coarse, "__module__", "elsewhere")
+    with pytest.raises(lastgood.MismatchError, match="Import the package"):
+        lastgood.load(tmp_path)
 
 
 def test_large_parts_are_copied_in_the_background() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 import lastgood
 from lastgood import random_state
+from lastgood.values import encode
 
 
 def draws() -> list[Any]:
@@ -64,6 +65,16 @@ def test_saving_and_restoring_draw_no_numbers(tmp_path: Path) -> None:
         before = random_state.capture()
         ckpt.save(1).result()
         assert random_state.capture() == before
+
+
+def test_a_place_outside_of_the_numbers_is_refused() -> None:
+    """numpy does not look, and would read there."""
+    state = np.random.get_state(legacy=False)
+    state["state"]["pos"] = 5 * 10**8
+    saved = {**random_state.capture(), "numpy": encode(random_state.without_arrays(state), "", str)}
+    (note,) = random_state.apply(saved)
+    assert "pos of a generator of numpy is 500000000" in note
+    assert np.random.get_state(legacy=False)["state"]["pos"] <= 624
 
 
 @pytest.mark.parametrize("kind", ["PCG64", "Philox", "SFC64", "MT19937"])

@@ -323,6 +323,49 @@ def test_an_optimizer_around_another_whose_state_has_a_form_of_its_own(tmp_path:
     round_trip(tmp_path, lambda: build(lambda parameters: Around(torch.optim.Adam(parameters, lr=0.1))), train)
 
 
+class Through(torch.optim.Optimizer):
+    """Gives what is in the inner one as it is."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("param_groups", "state"):
+            return getattr(self.inner, name)
+        raise AttributeError(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+
+class Bare(Around):
+    """Shows no parameters."""
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        raise AttributeError("param_groups")
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("b", "c", "a")])
+def test_optimizers_of_one_class_may_be_around_different_ones(tmp_path: Path, order: tuple[str, ...]) -> None:
+    def make() -> Objects:
+        model = net()
+        kinds = {"a": lambda o: Through(Around(o)), "b": Through, "c": Bare}
+        return {"model": model, **{name: kinds[name](torch.optim.Adam(model.parameters())) for name in order}}
+
+    def step(objects: Objects) -> None:
+        objects["model"](torch.randn(5, 3)).square().mean().backward()
+        for name in order:
+            optimizer = objects[name]
+            (optimizer if isinstance(optimizer, Bare) else optimizer.inner).step()
+        objects["model"].zero_grad()
+
+    round_trip(tmp_path, make, step)
+
+
 def test_a_group_that_was_added_later_must_be_there_at_restore(tmp_path: Path) -> None:
     def make(added: bool) -> Objects:
         model = net()

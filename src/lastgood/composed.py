@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lastgood.errors import LastGoodError
+from lastgood.errors import MismatchError
 
 
 def is_composed(kind: type) -> bool:
@@ -51,7 +51,7 @@ def name_of(kind: type) -> str:
 
 
 def find(name: str) -> type:
-    """The class of this name. Raises LastGoodError where the program has imported none."""
+    """The class of this name. Raises MismatchError where the program has imported none."""
     seen: set[type] = set()
     todo: list[Any] = [torch.Tensor]
     while todo:
@@ -61,7 +61,7 @@ def find(name: str) -> type:
         below: list[type] = kind.__subclasses__()
         todo += [one for one in below if one not in seen]
         seen.update(below)
-    raise LastGoodError(
+    raise MismatchError(
         f"a tensor was saved as a {name}, and this program knows no such class. Import the package that it is from "
         "first; a command cannot, but a program that calls lastgood.load can."
     )

@@ -39,8 +39,8 @@ def class_of(generator: Any) -> str:
     return f"{known.__module__}.{known.__qualname__}"
 
 
-def state_of(generator: Any) -> torch.Tensor:
-    """Its state, as bytes."""
+def state_of(generator: Any, name: str) -> torch.Tensor:
+    """Its state, as bytes. Raises LastGoodError, with its name, where a class of one's own has some that cannot be."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     bits = _bits(generator)
@@ -50,7 +50,7 @@ def state_of(generator: Any) -> torch.Tensor:
         state = without_arrays(generator.get_state(legacy=False))  # With the half of a pair that is left of a Gauss.
     else:
         state = without_arrays(bits.state)
-    text = json.dumps(values.encode(state, "", _no_tensor)).encode()
+    text = json.dumps(values.encode(state, name, _no_tensor)).encode()
     return torch.frombuffer(bytearray(text.ljust(-(-len(text) // _BLOCK) * _BLOCK)), dtype=torch.uint8)
 
 
@@ -75,7 +75,7 @@ def derive(generator: Any, name: str, rank: int, world_size: int, step: int) -> 
     The same checkpoint and the same place always give the same seed, and different ranks and generators different
     ones. Returns the seed.
     """
-    state = hashlib.sha256(bytes(state_of(generator).tolist())).hexdigest()
+    state = hashlib.sha256(bytes(state_of(generator, name).tolist())).hexdigest()
     text = f"{state} {name} {rank} {world_size} {step}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     bits = _bits(generator)
@@ -83,6 +83,8 @@ def derive(generator: Any, name: str, rank: int, world_size: int, step: int) -> 
         generator.manual_seed(seed)
     elif bits is None:
         generator.seed(seed)
+    elif hasattr(generator, "set_state"):
+        generator.set_state({**type(bits)(seed).state, "has_gauss": 0, "gauss": 0.0})
     else:
         bits.state = type(bits)(seed).state
     return seed

@@ -97,12 +97,14 @@ def into_value(value: Any, saved: Any, taken: set[Any], top: bool = True) -> Any
             taken.add(memory_key(value))
         return value
     if is_composed(type(value)) and type(value) is type(saved):
-        (parts, context), (theirs, other) = take_apart(value), take_apart(saved)
-        if parts.keys() != theirs.keys() or context != other:
+        ours, theirs = list(plain_parts(value)), list(plain_parts(saved))
+        alike = take_apart(value)[1] == take_apart(saved)[1] and [(part.dtype, part.shape) for part in ours] == [
+            (part.dtype, part.shape) for part in theirs
+        ]
+        if not alike:
             return saved
-        for name, part in parts.items():
-            into_value(part, theirs[name], taken, top)
-        return value if top else saved
+        put = [into_value(part, new, taken, top) for part, new in zip(ours, theirs, strict=True)]
+        return value if all(one is part for one, part in zip(put, ours, strict=True)) else saved
     if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor):
         key = memory_key(value)
         if key == memory_key(saved):

@@ -101,7 +101,7 @@ class Loading:
                     self._prepare_generator(name, value)
                 else:
                     self._check_values(name, tensor_names(self._tree(name)))
-                    self._want_tree(self._tree(name))
+                    self._want_tree(self._tree(name), again=kind == "stateful")
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 raise DamagedError(f"{self.entry.path}: the state of {name} has no valid form: {error!r}") from error
         for name in self.manifest.objects:
@@ -277,18 +277,25 @@ class Loading:
         elif (kind == "composed") != is_composed(type(tensor)):
             there = tree["class"] if kind == "composed" else "plain tensor"
             self._problem(f"{path} is a {there} in the checkpoint and a {name_of(type(tensor))} here")
+            self._unfit.add(path)
         elif kind == "composed":
             parts, context = take_apart(tensor)
-            described = values.encode(context, path, lambda name, _: name)
+            described = values.encode(context, f"{path}.__tensor_flatten__()", lambda name, _: name)
             here, there = f"{name_of(type(tensor))} {list(tensor.shape)}", f"{tree['class']} {tree['shape']}"
             if here != there:
                 self._problem(f"{path} is a {there} in the checkpoint and a {here} here")
+                self._unfit.add(path)
                 return
             if (parts.keys(), described) != (tree["v"].keys(), tree["context"]):
                 self._problem(f"{path} is a {there} that was made with other settings than here")
+                self._unfit.add(path)
                 return
+            wanted, problems = len(self._wants), len(self._problems)
             for name, part in parts.items():
                 self._prepare_tensor(f"{path}.{name}", part, tree["v"][name], essential)
+            if len(self._problems) > problems or any(f"{path}.{name}" in self._converted for name in parts):
+                del self._wants[wanted:]  # A part of the old and a part of the new would be neither.
+                self._unfit.add(path)
         else:
             self._check_carried(tree["v"], essential)
             local = local_part(tensor, path)
@@ -354,7 +361,7 @@ class Loading:
             dtype, current = DTYPES[record.dtype], self._current.get(name)
             strides = self.manifest.strides.get(name)
             fits = current is not None and current.shape == record.shape and current.tensor.dtype == dtype
-            if current is None or not fits or (again and current.strides != strides):
+            if current is None or not fits or (again and strides is not None and current.strides != strides):
                 if like is not None and type(like).__name__ == "DTensor" and tuple(like.shape) == record.shape:
                     new = torch.empty_like(like, dtype=dtype)
                 elif strides is not None and self.manifest.tensors[name].shape == record.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class LocalTensor:
     """Those in memory, of a tensor that is not SHARDED, has no holes, and does not lie there row by row."""
 
 
-def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(4096)
+def row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor that lies in memory row by row."""
     steps = itertools.accumulate(reversed(shape[1:]), lambda step, size: step * max(size, 1), initial=1)
     return tuple(steps)[::-1] if shape else ()

@@ -12,6 +12,9 @@ import torch
 
 from lastgood.values import Json, decode, encode, numpy_in_use
 
+_PLACES = {"pos": 624, "buffer_pos": 4}
+# Of MT19937 and of Philox.
+
 
 def capture() -> Json:
     """The random state of this process, as JSON."""
@@ -47,6 +50,7 @@ def apply(saved: Json) -> list[str]:
             held = state["numpy"]
             if type(held) is tuple:  # As it was written first: a Mersenne Twister, in the older form that numpy has.
                 name, words, *rest = held
+                with_arrays({"pos": rest[0]})
                 np.random.set_state((name, np.frombuffer(words, dtype="<u4"), *rest))
             else:
                 np.random.set_state(with_arrays(held))
@@ -95,8 +99,12 @@ def without_arrays(value: Any) -> Any:
 
 
 def with_arrays(value: Any) -> Any:
-    """What :func:`without_arrays` was given."""
+    """What :func:`without_arrays` was given. Raises ValueError for a place that is not in the arrays: numpy would read
+    there."""
     if isinstance(value, dict):
+        for key, most in _PLACES.items():
+            if key in value and not 0 <= value[key] <= most:
+                raise ValueError(f"{key} of a generator of numpy is {value[key]}")
         return {key: with_arrays(item) for key, item in value.items()}
     if type(value) is tuple:
         import numpy as np

@@ -85,20 +85,19 @@ def kind_of(value: Any) -> str:
     return "value"
 
 
-_usual: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_usual: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
 
 
 def _is_usual(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its ``state_dict`` is one of torch's form. That of a class around another optimizer may be of any."""
-    kind = type(optimizer)
-    if kind.state_dict is torch.optim.Optimizer.state_dict:
+    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
         return True
-    if kind not in _usual:
+    if optimizer not in _usual:
         try:
-            _usual[kind] = {"state", "param_groups"} <= set(optimizer.state_dict())
+            _usual[optimizer] = {"state", "param_groups"} <= set(optimizer.state_dict())
         except Exception:
             return True  # The save that asks for it, too, says why there is none.
-    return _usual[kind]
+    return _usual[optimizer]
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -195,7 +194,8 @@ def unsaved_parameters(objects: Mapping[str, Any], state: State) -> dict[str, li
     names = parameter_names(objects)
     found: dict[str, list[str]] = {}
     for name, value in objects.items():
-        if isinstance(value, torch.optim.Optimizer):
+        # One around another need not have them.
+        if isinstance(value, torch.optim.Optimizer) and hasattr(value, "param_groups"):
             parameters = [parameter for group in value.param_groups for parameter in group["params"]]
             for label, parameter in zip(optimizer_names(name, value, names), parameters, strict=True):
                 parts = [local_part(part, label).tensor.data_ptr() for part in plain_parts(parameter)]
@@ -303,7 +303,7 @@ class Flattener:
             given, tree = part
             return {"state": tree, **self._options(given, labels)}
         if kind == "generator":
-            state = values.encode(generators.state_of(value), name, self._put(Placement.LOCAL))
+            state = values.encode(generators.state_of(value, name), name, self._put(Placement.LOCAL))
             held = generators.class_of(value)
             return state if held == generators.PLAIN else {"class": held, "state": state}
         return self._tree(value.state_dict() if kind == "stateful" else value, name)

@@ -13,7 +13,7 @@ import torch
 
 from lastgood import catalog, values
 from lastgood.catalog import Entry
-from lastgood.errors import DamagedError, LastGoodError
+from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.loading import read_tensors
 from lastgood.manifest import Manifest
 
@@ -39,6 +39,8 @@ def read_states(path: Path, device: torch.device) -> dict[str, Any]:
         entry = left[-1]
         try:
             return _read(entry, device)
+        except MismatchError:
+            raise  # It is this program that lacks something, and an older one would be no better.
         except (LastGoodError, OSError) as error:
             tried[entry.name] = str(error)
             if entry.is_committed():  # Else retention has deleted it while it was read.

@@ -101,10 +101,7 @@ def _captures() -> bool:
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
     # Where the storage begins, without an object made for each.
-    return {
-        t.data_ptr() - int(t.storage_offset()) * t.element_size()
-        for one in tensors
-        if one.nbytes >= OVERLAP_BYTES and type(one).__name__ != "DTensor"
-        for t in ((one,) if type(one) in _TENSORS else plain_parts(one))
-        if t.nbytes >= OVERLAP_BYTES
-    }
+    found = list(tensors)
+    if not set(map(type, found)) <= _TENSORS:
+        found = [part for t in found if type(t).__name__ != "DTensor" for part in plain_parts(t)]
+    return {t.data_ptr() - int(t.storage_offset()) * t.element_size() for t in found if t.nbytes >= OVERLAP_BYTES}

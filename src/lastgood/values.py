@@ -196,7 +196,13 @@ def _decode(data: Json, get: Callable[[str], torch.Tensor], depth: int) -> Any:
 
         parts = {name: _decode(part, get, depth + 1) for name, part in v.items()}
         context = _decode(data["context"], get, depth + 1)
-        return composed.put_together(composed.find(data["class"]), parts, context, data["shape"], data["strides"])
+        if not isinstance(data["class"], str):
+            raise ValueError(f"{data['class']!r} is no class")
+        made_by = composed.find(data["class"])
+        try:
+            return composed.put_together(made_by, parts, context, data["shape"], data["strides"])
+        except Exception as error:  # Code of that class, which asserts what it likes.
+            raise ValueError(f"{data['class']} cannot be made of what was saved: {error!r}") from error
     if kind == "Size":
         return torch.Size(v)
     if kind == "dtype":

@@ -652,6 +652,19 @@ SHARDED = """
 """
 
 
+def test_a_shard_of_a_group_is_read_from_what_stands_in_for_it(tmp_path: Path) -> None:
+    options = ("--fallback", "--complete", ".metadata,__0_0.distcp", "--history", "2")
+    for count in (1, 2):
+        save = "save_as_torch_distributed_does()".join(["", f"\nprint({count})"])
+        assert start(tmp_path, textwrap.dedent(SHARDED) + save, *options, RANK="0")[0] == 0
+    path = tmp_path / "step_1" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-20])
+    load = "for name in ('.metadata', '__0_0.distcp'):\n    print(name, len((directory / name).open('rb').read()))"
+    code, output = start(tmp_path, textwrap.dedent(SHARDED) + load, *options, RANK="0")
+    assert code == 0 and "instead" in output, output
+    assert f"__0_0.distcp {path.stat().st_size + 20}" in output, output
+
+
 @pytest.mark.parametrize(
     "save, load, damaged",
     [

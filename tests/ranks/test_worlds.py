@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rank_processes import Rank, checkpoints, run_ranks
@@ -163,6 +164,8 @@ def own_things(rank: Rank) -> dict[str, Any]:
     torch.manual_seed(5)
     sampler = Sampler()
     sampler.place, sampler.order = 10 + rank.rank, torch.arange(3) + rank.rank
+    older = np.random.RandomState(20 + rank.rank)
+    older.randn()  # Leaves the other of the pair behind.
     model = torch.nn.Linear(3, 2)
     (model(torch.ones(3)).sum() * (rank.rank + 1)).backward()
     return {
@@ -173,12 +176,13 @@ def own_things(rank: Rank) -> dict[str, Any]:
         "same": {"epoch": 3, "weights": torch.ones(5)},
         "noise": torch.Generator().manual_seed(20 + rank.rank),
         "dice": random.Random(20 + rank.rank),
+        "older": older,
         "shuffle": torch.Generator().manual_seed(9),
     }
 
 
 def draw(objects: dict[str, Any]) -> list[float]:
-    return [*torch.rand(2, generator=objects["noise"]).tolist(), objects["dice"].random()]
+    return [*torch.rand(2, generator=objects["noise"]).tolist(), objects["dice"].random(), objects["older"].randn()]
 
 
 @pytest.mark.parametrize(("saved_by", "restored_by"), [(2, 4), (1, 3), (3, 1)])
@@ -210,6 +214,7 @@ def test_what_every_rank_had_for_itself_goes_to_another_number_of_ranks(
     again = run_ranks(restored_by, restore, tmp_path / "b", run=tmp_path / "run")
     assert [e.ok() for e in first] == [e.ok() for e in again], "what is derived is the same every time"
     noise = [ended.ok()[0] for ended in first]
+    assert all(len(set(column)) == restored_by for column in zip(*noise, strict=True)), "no first number is another's"
     kept = min(saved_by, restored_by)
     assert noise[:kept] == saved[:kept], "a rank whose generator was saved goes on with its own"
     assert len({str(numbers) for numbers in [*noise, *saved]}) == max(saved_by, restored_by), "nobody draws another's"

@@ -11,7 +11,7 @@ from . import journal, system
 from .report import Report
 from .units import Units
 
-_PART = re.compile(r"\d[-_]of[-_]?\d|\.distcp$|\.metadata$")
+_PART = re.compile(r"-\d{5}-of-\d{5}\.|\.distcp$|\.metadata$")
 """Names of files that fit to the others of their save only: model-00001-of-00003.safetensors, __0_0.distcp."""
 
 

@@ -256,7 +256,7 @@ def open(
         or not isinstance(file, (str, os.PathLike))
     ):
         if mode == "rb" and isinstance(file, (str, os.PathLike)) and os.fsdecode(file).endswith(SHARDS):
-            _check(file)
+            file = _check(file) or file
         return system.open_file(file, mode, buffering, encoding, errors, newline, closefd, opener)
     name = absolute(file)
     if name is None or not is_checkpoint(name):

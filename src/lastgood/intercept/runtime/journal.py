@@ -209,9 +209,10 @@ def _is_whole(path: str) -> bool:
                 # The format has no checksum: right in length and still not what was saved means changed bytes, unless
                 # another program wrote it, which the time of change shows.
                 return bool(ends) and 8 + length + max(ends) == system.getsize(path) and _changed_later(path)
-            if begin[:2] != b"PK":
+            if begin[:2] != b"PK" and not zipfile.is_zipfile(file):
                 if path.endswith(".json"):
-                    json.loads(begin + file.read())
+                    file.seek(0)
+                    json.loads(file.read())
                 # Pickles, YAML, torch's old format: as above. Empty, or with zeros at its beginning, is what a crash of
                 # the system leaves of a file that was not synced.
                 return bool(begin[:4].strip(b"\0")) and _changed_later(path)
@@ -266,6 +267,16 @@ def path_of_save(target: str, save: int) -> str | None:
     return None
 
 
+def names_rank(path: str, rank: int) -> bool:
+    """Whether a path has the number of a rank in it, as files have that are a rank's own."""
+    directory, name = os.path.split(path)
+    if re.search(rf"(?<!\d)0*{rank}(?!\d)", name):
+        return True
+    # The number alone is not enough here: checkpoint-1 is everybody's.
+    near = os.sep.join(directory.split(os.sep)[-3:])
+    return re.search(rf"(rank|proc|process|worker|shard)[-_.=]?0*{rank}(?!\d)", near, re.IGNORECASE) is not None
+
+
 def intact_versions(target: str) -> Iterator[tuple[str, Version]]:
     """Paths that can stand in for a damaged file, newest first: its earlier versions, then its siblings."""
     directory = os.path.dirname(target)
@@ -274,8 +285,12 @@ def intact_versions(target: str) -> Iterator[tuple[str, Version]]:
     candidates = [(v.time, history_path(target, v.kept), v) for v in versions if v.kept]
     for name in siblings(target):
         sibling = os.path.join(directory, name)
-        # The number in a name may be a rank's, and then the file is another part of the same step.
-        candidates += [(v.time, sibling, v) for v in read(sibling)[-1:] if v.rank == rank or -1 in (v.rank, rank)]
+        # Where the number in a name is its rank's, the file of another rank is another part of the same step.
+        candidates += [
+            (v.time, sibling, v)
+            for v in read(sibling)[-1:]
+            if v.rank == rank or -1 in (v.rank, rank) or not names_rank(target, rank)
+        ]
     for _, path, version in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
         if system.isfile(path) and not check(path, [version]):
             yield path, version

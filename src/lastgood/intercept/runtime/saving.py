@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import io
 import os
-import re
 import sys
 import time
 import zlib
@@ -112,7 +111,7 @@ class Saver:
         if self.settings.save_on != "rank0":
             return False
         rank = ranks.rank()
-        return rank is not None and rank > 0 and not _names_rank(path, rank)
+        return rank is not None and rank > 0 and not journal.names_rank(path, rank)
 
     def pretend(self, path: str, size: int) -> None:
         self.pretended[path] = size
@@ -427,7 +426,8 @@ class Saver:
             save = self.units.begin(target)
             link()  # First: where it fails, the program may copy the file instead, and nothing is to be undone.
             with contextlib.suppress(OSError):  # Then nothing is known of that name, which is no damage.
-                journal.write(target, [dataclasses.replace(known, save=save, kept="")])
+                earlier = [version for version in journal.read(target) if version.kept]
+                journal.write(target, [*earlier, dataclasses.replace(known, save=save, kept="")])
                 system.sync_dir(os.path.dirname(target))
             self.units.saved(target)
         if source in self.mine:
@@ -562,15 +562,6 @@ class Saver:
         with self.reporting(target):
             rename()  # Fails as it would have without us.
         return True
-
-
-def _names_rank(path: str, rank: int) -> bool:
-    directory, name = os.path.split(path)
-    if re.search(rf"(?<!\d)0*{rank}(?!\d)", name):
-        return True
-    # The number alone is not enough here: checkpoint-1 is everybody's.
-    near = os.sep.join(directory.split(os.sep)[-3:])
-    return re.search(rf"(rank|proc|process|worker|shard)[-_.=]?0*{rank}(?!\d)", near, re.IGNORECASE) is not None
 
 
 def _takes_files(directory: str) -> bool:
