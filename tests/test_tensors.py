@@ -180,3 +180,11 @@ def test_a_conjugate_view_is_not_its_base(tmp_path: Path) -> None:
         return {"v": {"z": z, "conjugate": z.conj(), "imaginary": z.imag, "negated": z.conj().imag}}
 
     round_trip(tmp_path, make, rebuild=lambda: {"v": {}})
+
+
+def test_a_parameter_that_is_left_out_may_be_an_optimizers(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.odd = nn.Parameter(torch.rand(3).as_subclass(Tagged))
+    optimizer = torch.optim.SGD(model.parameters())
+    with lastgood.Checkpointer(tmp_path, model=model, opt=optimizer, leave_out=["model.odd"]) as ckpt:
+        ckpt.save(1).result()

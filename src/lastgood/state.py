@@ -198,8 +198,9 @@ def unsaved_parameters(objects: Mapping[str, Any], state: State) -> dict[str, li
         if isinstance(value, torch.optim.Optimizer) and hasattr(value, "param_groups"):
             parameters = [parameter for group in value.param_groups for parameter in group["params"]]
             for label, parameter in zip(optimizer_names(name, value, names), parameters, strict=True):
-                parts = [local_part(part, label).tensor.data_ptr() for part in plain_parts(parameter)]
-                if id(parameter) not in names and not saved.issuperset(parts):
+                if id(parameter) in names:
+                    continue
+                if any(local_part(part, label).tensor.data_ptr() not in saved for part in plain_parts(parameter)):
                     found.setdefault(name, []).append(label)
     return found
 
