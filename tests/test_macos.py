@@ -122,7 +122,7 @@ def test_names_above_are_synced_up_to_a_read_only_root(tmp_path: Path, monkeypat
 
 def without_linux(patch: pytest.MonkeyPatch) -> None:
     """Take away what Linux has for reading and writing, and macOS before 11 has not."""
-    for name in ("preadv", "posix_fadvise", "POSIX_FADV_DONTNEED", "sched_getaffinity"):
+    for name in ("preadv", "RWF_NOWAIT", "posix_fadvise", "POSIX_FADV_DONTNEED", "sched_getaffinity"):
         patch.delattr(os, name, raising=False)
     patch.setattr(direct_io, "O_DIRECT", 0)
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_many_shards_is_read_with_few_files_open(
     frozen = nn.Linear(300, 300)  # It has a file of its own.
     with lastgood.Checkpointer(tmp_path / "run", frozen=frozen, **held) as ckpt:
         ckpt.save(1, blocking=True).result()
-    monkeypatch.setattr(reading, "_OPEN_FILES", 1)
+    monkeypatch.setattr(reading, "_THREADS", 1)
     now = most = 0
     real = disk.open_read
 

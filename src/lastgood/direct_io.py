@@ -69,19 +69,20 @@ class Writer:
 
 
 class Reader:
-    """Reads a file in blocks into memory of its own: what lies on the disk, not what the system has cached of it.
+    """Reads a file in blocks into memory of its own.
 
     Args:
         file: synced, open for unbuffered reading, and no longer read in any other way.
         block: bytes to read at a time, at most.
+        cached: read through the cache of the system; else what lies on the disk, not what the system has cached of it.
     """
 
-    def __init__(self, file: BinaryIO, block: int) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, block: int, *, cached: bool = False) -> None:
+        self._file, self._cached = file, cached
         self._block = _memory(max(PAGE, -(-block // PAGE) * PAGE))
         self._start = self._filled = 0
         """Which bytes of the file are in the block."""
-        self._direct = bool(O_DIRECT)
+        self._direct = bool(O_DIRECT) and not cached
         if self._direct:
             try:
                 _set_direct(file.fileno(), True)
@@ -90,7 +91,11 @@ class Reader:
                     raise
                 self._direct = False
         if not self._direct:
-            drop_cache(file.fileno())
+            self._drop_cache()
+
+    def _drop_cache(self) -> None:
+        if not self._cached:
+            drop_cache(self._file.fileno())
 
     def read(self, begin: int, end: int, ahead: int) -> memoryview:
         """The bytes from `begin` on, up to `end` or less; none where the file ends. Good until the next call.
@@ -101,6 +106,27 @@ class Reader:
         if not self._start <= begin < self._start + self._filled:
             self._fill(begin, ahead)
         return self._block[max(0, begin - self._start) : max(0, min(end - self._start, self._filled))]
+
+    def read_into(self, begin: int, into: memoryview, ahead: int) -> int:
+        """Fill `into` with the bytes from `begin` on; returns how many there were.
+
+        Args:
+            ahead: as for :meth:`read`.
+        """
+        done = 0
+        if self._cached and len(into) > len(self._block) // 16:
+            self._file.seek(begin)
+            while done < len(into) and (count := self._file.readinto(into[done:])):  # type: ignore[attr-defined]
+                done += count
+            return done
+        while done < len(into):
+            part = self.read(begin + done, begin + len(into), ahead)
+            if not part:
+                break
+            # A slice that is assigned to would keep the GIL.
+            ctypes.memmove(_address(into) + done, _address(part), len(part))
+            done += len(part)
+        return done
 
     def _fill(self, begin: int, ahead: int) -> None:
         if self._direct:
@@ -115,7 +141,7 @@ class Reader:
                     raise
             self._direct = False
             _set_direct(self._file.fileno(), False)
-            drop_cache(self._file.fileno())
+            self._drop_cache()
         self._file.seek(begin)
         self._start, self._filled = begin, self._file.readinto(self._block[: ahead - begin])  # type: ignore[attr-defined]
 
@@ -129,6 +155,17 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> int:
     data = os.pread(descriptor, len(into), offset)  # macOS before 11, or a Python that was built for it.
     into[: len(data)] = data
     return len(data)
+
+
+def is_cached(descriptor: int) -> bool:
+    """Whether the system has a file in its cache, as far as it tells. To ask again is in vain: asking caches a part."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        # The middle: of many files somebody has read the header.
+        return bool(os.preadv(descriptor, [bytearray(1)], os.fstat(descriptor).st_size // 2, os.RWF_NOWAIT))
+    except OSError:  # It would have to wait for the disk, or this file system cannot say.
+        return False
 
 
 def drop_cache(descriptor: int) -> None:

@@ -20,7 +20,7 @@ from lastgood.composed import find, is_composed, name_of, take_apart
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, LastGoodError, MismatchError
 from lastgood.live import into_value, is_plain, is_value, keep_left_out, uncast
-from lastgood.manifest import Manifest, RankRecord
+from lastgood.manifest import DTYPE_BYTES, Manifest, RankRecord
 from lastgood.placement import LocalTensor
 from lastgood.reading import Want, read_wanted
 from lastgood.state import (
@@ -78,6 +78,10 @@ class Loading:
             MismatchError: something does not fit; all of it is listed.
             DamagedError: the manifest refers to tensors that it does not have.
         """
+        with torch.inference_mode(False):  # As for run: new memory is made here.
+            self._prepare()
+
+    def _prepare(self) -> None:
         flattener = Flattener(self.objects, world_size=self.world.size, leave_out=self.leave_out)
         self._current = flattener.flatten().tensors
         names = parameter_names(self.objects)
@@ -121,7 +125,11 @@ class Loading:
         Raises:
             DamagedError: a byte on disk is not what was saved. The objects may be half changed by then.
         """
-        read_wanted(self.entry, self.manifest, self._wants)
+        with torch.inference_mode(False):  # What is made in it could not be trained with outside of it.
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        read_wanted(self.entry, self.manifest, self._wants, alone=self.world.size == 1)
         restored: dict[str, Any] = {}
         taken: set[Any] = set()
         for name, value in self.objects.items():
@@ -366,9 +374,9 @@ class Loading:
                     new = torch.empty_like(like, dtype=dtype)
                 elif strides is not None and self.manifest.tensors[name].shape == record.shape:
                     # Sums over it come out the same only in the same order.
-                    new = torch.empty_strided(record.shape, strides, dtype=dtype)
+                    new = torch.empty_strided(record.shape, strides, dtype=dtype, device="cpu")
                 else:
-                    new = torch.empty(record.shape, dtype=dtype)
+                    new = torch.empty(record.shape, dtype=dtype, device="cpu")
                 current = local_part(new, name)
             self._wants.append(Want(self._resolve(name), current.tensor, current.offsets))
             self._loaded[name] = current.whole
@@ -439,7 +447,7 @@ def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict
         if name not in manifest.tensors:
             raise LastGoodError(f"{entry.path} has no tensor {name!r}")
         record = manifest.tensors[name]
-        target = torch.empty(record.shape, dtype=DTYPES[record.dtype])
+        target = torch.empty(record.shape, dtype=DTYPES[record.dtype], device="cpu")
         loading._loaded[name] = target
         loading._wants.append(Want(name, target, (0,) * len(record.shape)))
     read_wanted(entry, manifest, loading._wants)
@@ -448,7 +456,4 @@ def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict
 
 def nbytes(manifest: Manifest) -> int:
     """Bytes of all tensors, each counted once."""
-    return sum(
-        math.prod(record.shape) * torch.empty(0, dtype=DTYPES[record.dtype]).element_size()
-        for record in manifest.tensors.values()
-    )
+    return sum(math.prod(record.shape) * DTYPE_BYTES[record.dtype] for record in manifest.tensors.values())

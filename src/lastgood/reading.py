@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
 import torch
+import xxhash
 
 from lastgood import disk, shard
 from lastgood.catalog import Entry
+from lastgood.direct_io import Reader, is_cached
 from lastgood.dtypes import DTYPES
 from lastgood.errors import DamagedError, MismatchError
 from lastgood.manifest import Chunk, Manifest
 
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
-_SMALL_BYTES = 256 << 10
-# Smaller tensors that lie close together are read together.
-_OPEN_FILES = 128
-# Shards that are open at a time: macOS lets a process have 256 files, unless it asks for more.
+_BLOCK = 2 << 20
+# Bytes that are read at a time.
+_GAP = 256 << 10
+# Bytes that are read although nobody wants them, where what is wanted lies on both sides.
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,90 @@ class Want:
     offsets: tuple[int, ...]
 
 
-def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want]) -> None:
+class _Job:
+    """The reading of a chunk of which something is wanted. Its parts come in any order, from several threads.
+
+    Args:
+        box: what is wanted of it, as begin and end in each dimension of the tensor.
+    """
+
+    def __init__(
+        self, want: Want, chunk: Chunk, box: Sequence[tuple[int, int]], path: Path, dtype: torch.dtype
+    ) -> None:
+        self.chunk = chunk
+        self._want, self._path = want, path
+        self._target = want.target.detach()
+        for dimension, (begin, end) in enumerate(box):
+            self._target = self._target.narrow(dimension, begin - want.offsets[dimension], end - begin)
+        self._box, self._dtype = box, dtype
+        self._whole: torch.Tensor | None = None
+        self._lock, self._turn = threading.Lock(), threading.Lock()
+        self._digest, self._checked = xxhash.xxh3_128(), chunk.begin
+        self._there: dict[int, int] = {}
+        """Parts that are read and not checked yet: begin and end in the file."""
+
+    def read(self, reader: Reader, begin: int, end: int, ahead: int) -> None:
+        """Read a part, where up to `ahead` more will be wanted, and check what can be checked by now."""
+        view = bytes_of(self._memory())
+        part = view[begin - self.chunk.begin : end - self.chunk.begin]
+        if reader.read_into(begin, part, ahead) != len(part):
+            raise DamagedError(f"{self._path} ends in the middle of tensor {self._want.name!r}")
+        self._there[begin] = end
+        while self._checked in self._there and self._turn.acquire(blocking=False):
+            try:
+                while (until := self._there.pop(self._checked, None)) is not None:
+                    self._digest.update(view[self._checked - self.chunk.begin : until - self.chunk.begin])
+                    self._checked = until
+                if self._checked == self.chunk.end:
+                    self._finish()
+            finally:
+                self._turn.release()  # Another part may have come meanwhile: look again.
+
+    def _memory(self) -> torch.Tensor:
+        """Where the bytes go: the target itself, where they lie there as in the file."""
+        with self._lock:
+            if self._whole is None:
+                target, shape = self._target, self.chunk.shape
+                direct = tuple(target.shape) == shape and target.device.type == "cpu" and target.is_contiguous()
+                if direct and target.dtype == self._dtype and not target.is_conj() and not target.is_neg():
+                    self._whole = target
+                else:
+                    self._whole = torch.empty(shape, dtype=self._dtype, device="cpu")
+                if self._whole.nbytes != self.chunk.end - self.chunk.begin:
+                    raise DamagedError(f"{self._path}: the bytes of tensor {self._want.name!r} do not fit its shape")
+            return self._whole
+
+    def _finish(self) -> None:
+        chunk, target = self.chunk, self._target
+        if self._digest.hexdigest() != chunk.checksum:
+            raise DamagedError(
+                f"{self._path} is damaged: tensor {self._want.name!r} (bytes {chunk.begin} to {chunk.end}) does not "
+                "match its checksum"
+            )
+        part, self._whole = self._memory(), None
+        if part is target:
+            return
+        for dimension, (begin, end) in enumerate(self._box):
+            part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
+        for dimension, stride in enumerate(target.stride()):
+            if stride == 0 and target.shape[dimension] > 1:
+                # An expanded tensor has one row of memory for all its rows.
+                first = part.narrow(dimension, 0, 1)
+                rows, same = part.contiguous(), first.expand_as(part).contiguous()
+                if bytes_of(rows) != bytes_of(same):
+                    raise MismatchError(
+                        f"{self._want.name} is expanded here (stride 0), and was saved with different rows"
+                    )
+                target, part = target.narrow(dimension, 0, 1), first
+        with torch.no_grad(), torch.inference_mode(target.is_inference()):
+            target.copy_(part)
+
+
+def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want], *, alone: bool = True) -> None:
     """Read all that is wanted to where it goes, in parallel.
+
+    Args:
+        alone: no other process of this machine reads the same at the same time.
 
     Raises:
         DamagedError: a byte on disk is not what was saved.
@@ -47,105 +132,87 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want]) -> None
             shard.check_size(entry.path / record.file, record)
             shard.check_header(entry.path / record.file, record)
         jobs = [
-            (want, chunk)
+            _Job(
+                want,
+                chunk,
+                box,
+                entry.path / manifest.shards[chunk.shard].file,
+                DTYPES[manifest.tensors[want.name].dtype],
+            )
             for want in wants
             for chunk in manifest.tensors[want.name].chunks
-            if _overlap(chunk, want) is not None
+            if (box := _overlap(chunk, want)) is not None
         ]
         # From the front of each file to its end, as disks like it.
-        jobs.sort(key=lambda job: (job[1].shard, job[1].begin))
-        batches = _batches(jobs)
-        with ThreadPoolExecutor(_THREADS if not disk.WINDOWS else 1, "lastgood-read") as pool:
-            for first in range(0, len(manifest.shards), _OPEN_FILES):
-                shards = range(first, min(first + _OPEN_FILES, len(manifest.shards)))
-                _read_shards(pool, entry, manifest, shards, [b for b in batches if b[0][1].shard in shards])
+        jobs.sort(key=lambda job: (job.chunk.shard, job.chunk.begin))
+        batches = deque(_batches(jobs))
+        # What several processes read comes from the disk once, through the cache.
+        cached = {
+            number: not alone or _is_cached(entry.path / manifest.shards[number].file)
+            for number in {job.chunk.shard for job in jobs}
+        }
+        with ThreadPoolExecutor(_THREADS, "lastgood-read") as pool:
+            try:
+                tasks = [
+                    pool.submit(_read, entry, manifest, batches, cached) for _ in range(min(_THREADS, len(batches)))
+                ]
+                for task in tasks:
+                    task.result()
+            finally:
+                batches.clear()  # After an error nobody begins anything new.
     except OSError as error:
         raise DamagedError(f"{entry.path} cannot be read: {error}") from error
 
 
-def _read_shards(
-    pool: ThreadPoolExecutor,
-    entry: Entry,
-    manifest: Manifest,
-    shards: range,
-    batches: Sequence[Sequence[tuple[Want, Chunk]]],
+def _batches(jobs: Sequence[_Job]) -> Iterator[list[tuple[_Job, int, int]]]:
+    """Parts of chunks that lie close together, as many as one read takes: each job, and where its part is."""
+    batch: list[tuple[_Job, int, int]] = []
+    for job in jobs:
+        chunk = job.chunk
+        for begin in range(chunk.begin, max(chunk.end, chunk.begin + 1), _BLOCK):
+            end = min(begin + _BLOCK, chunk.end)
+            if batch:
+                last = batch[-1][0].chunk.shard, batch[-1][2]
+                if last[0] != chunk.shard or begin > last[1] + _GAP or end - batch[0][1] > _BLOCK:
+                    yield batch
+                    batch = []
+            batch.append((job, begin, end))
+    if batch:
+        yield batch
+
+
+def _is_cached(path: Path) -> bool:
+    with disk.open_read(path) as file:
+        return is_cached(file.fileno())
+
+
+def _read(
+    entry: Entry, manifest: Manifest, batches: deque[list[tuple[_Job, int, int]]], cached: Mapping[int, bool]
 ) -> None:
-    """Read what is wanted of some shards, which are open meanwhile."""
+    """Read batch after batch, until none is left. Several threads do so, each with files of its own.
+
+    Args:
+        cached: by shard, whether it is read through the cache.
+    """
+    number: int | None = None
+    reader: Reader | None = None
     with contextlib.ExitStack() as stack:
-        files = {
-            number: stack.enter_context(disk.open_read(entry.path / manifest.shards[number].file)) for number in shards
-        }
-        for _ in pool.map(lambda batch: _read_batch(entry, manifest, files[batch[0][1].shard], batch), batches):
-            continue
-
-
-def _batches(jobs: Sequence[tuple[Want, Chunk]]) -> list[list[tuple[Want, Chunk]]]:
-    """Small neighbours are read together: a system call and a task each would cost more than their bytes."""
-    batches: list[list[tuple[Want, Chunk]]] = []
-    size = 0
-    for want, chunk in jobs:
-        length = chunk.end - chunk.begin
-        last = batches[-1][-1][1] if batches else None
-        near = last is not None and last.shard == chunk.shard and last.end <= chunk.begin <= last.end + _SMALL_BYTES
-        if near and length < _SMALL_BYTES and size + length < 16 * _SMALL_BYTES:
-            batches[-1].append((want, chunk))
-            size += length
-        else:
-            batches.append([(want, chunk)])
-            size = length
-    return batches
-
-
-def _read_batch(entry: Entry, manifest: Manifest, file: BinaryIO, batch: Sequence[tuple[Want, Chunk]]) -> None:
-    if len(batch) == 1:
-        return _read_chunk(entry, manifest, functools.partial(disk.read_into, file), *batch[0])
-    start = batch[0][1].begin
-    block = memoryview(bytearray(max(chunk.end for _, chunk in batch) - start))
-    block = block[: disk.read_into(file, start, block)]
-
-    def from_block(offset: int, view: memoryview) -> int:
-        part = block[offset - start : offset - start + len(view)]
-        view[: len(part)] = part
-        return len(part)
-
-    for want, chunk in batch:
-        _read_chunk(entry, manifest, from_block, want, chunk)
-    return None
-
-
-def _read_chunk(
-    entry: Entry, manifest: Manifest, read: Callable[[int, memoryview], int], want: Want, chunk: Chunk
-) -> None:
-    box = _overlap(chunk, want)
-    assert box is not None
-    target = want.target
-    for dimension, (begin, end) in enumerate(box):
-        offset = want.offsets[dimension]
-        target = target.narrow(dimension, begin - offset, end - begin)
-    path = entry.path / manifest.shards[chunk.shard].file
-    record = manifest.tensors[want.name]
-    complete = tuple(target.shape) == chunk.shape
-    direct = complete and target.device.type == "cpu" and target.is_contiguous()
-    if direct and target.dtype == DTYPES[record.dtype] and not target.is_conj() and not target.is_neg():
-        view = bytes_of(target)
-        shard.check_chunk(path, want.name, chunk, view, read(chunk.begin, view))
-        return
-    whole = torch.empty(chunk.shape, dtype=DTYPES[record.dtype])
-    view = bytes_of(whole)
-    shard.check_chunk(path, want.name, chunk, view, read(chunk.begin, view))
-    part = whole
-    for dimension, (begin, end) in enumerate(box):
-        part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
-    for dimension, stride in enumerate(target.stride()):
-        if stride == 0 and target.shape[dimension] > 1:
-            # An expanded tensor has one row of memory for all its rows.
-            first = part.narrow(dimension, 0, 1)
-            rows, same = part.contiguous(), first.expand_as(part).contiguous()
-            if bytes_of(rows) != bytes_of(same):
-                raise MismatchError(f"{want.name} is expanded here (stride 0), and was saved with different rows")
-            target, part = target.narrow(dimension, 0, 1), first
-    with torch.no_grad():
-        target.copy_(part)
+        try:
+            while batches:
+                try:
+                    batch = batches.popleft()
+                except IndexError:
+                    return  # Another thread was faster.
+                if reader is None or batch[0][0].chunk.shard != number:
+                    number = batch[0][0].chunk.shard
+                    stack.close()  # A process may have 256 files open on macOS, unless it asks for more.
+                    file = stack.enter_context(disk.open_read(entry.path / manifest.shards[number].file))
+                    reader = Reader(file, _BLOCK, cached=cached[number])
+                for job, begin, end in batch:
+                    job.read(reader, begin, end, batch[-1][2])
+        except BaseException:
+            batches.clear()
+            raise
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
