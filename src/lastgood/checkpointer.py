@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
+
 from lastgood import arguments, catalog, disk, generation, part, program, random_state, stop
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.garbage import uncollected
@@ -335,9 +337,11 @@ class Checkpointer:
                 self._await(self._handle.wait)
             if self._handle.state in ("pending", "committed"):
                 return self._same_again(step, state)
-        # With the save before, which may still be under way: of any other one rank 0 knows that this rank passed it by.
-        before = self._last_step if self._handle is not None else None
-        self.channel.post(f"here/{self.generation}", [before, step])
+        if self.world.size > 1:
+            # With the save before, which may still be under way: of any other one rank 0 knows that this rank passed
+            # it by.
+            before = self._last_step if self._handle is not None else None
+            self.channel.post(f"here/{self.generation}", [before, step])
         handle = SaveHandle(step)
         tries = self._tries.get(step, 0)
         if self._busy == "skip" and not blocking and self._saver.skips(step, tries, self.deadline):
@@ -347,8 +351,9 @@ class Checkpointer:
             return handle
         self._wait_for_save()
         self._check_failures()
-        with uncollected():
-            held, steady = self._steady.look()
+        # What is made in inference mode, such as the buffer, could not be used outside of it.
+        with uncollected(), torch.inference_mode(False):
+            held, steady = self._steady.look(state.places if self._watches_only(state) else None)
             still, unchanged = self._still.take(state, held, self._saver.announced_frozen)
             self._snapshot.take(state, self._saver.writers, steady, still, unchanged)
             request = part.Request(
@@ -356,7 +361,7 @@ class Checkpointer:
                 tries=tries,
                 objects=state.objects,
                 kinds=state.kinds,
-                random=random_state.capture(),
+                random_taken=random_state.take(),
                 metrics=metrics,
                 program=self._program,
                 versions=self._versions,
@@ -389,6 +394,11 @@ class Checkpointer:
         if self._handle is not None:
             self._await(self._handle.wait)
             self._handle.result()
+
+    def _watches_only(self, state: State) -> bool:
+        """Whether the state shows all that the watched optimizers hold: not of one that a wrapper hides."""
+        shown = {id(self._objects[name]) for name, kind in state.kinds.items() if kind == "optimizer"}
+        return all(id(optimizer) in shown for optimizer in self._steady.watched)
 
     def _check_step(self, step: int) -> None:
         if type(step) is not int or step < 0:

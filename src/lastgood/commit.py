@@ -13,9 +13,11 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 
 from lastgood import catalog, disk
+from lastgood.aside import aside
 from lastgood.coordinate import Channel
 from lastgood.errors import LastGoodError, SaveError
 from lastgood.frozen import Frozen
@@ -62,6 +64,14 @@ _RETRY_WIDTH = 8
 
 class _HeldError(SaveError):
     """Everything is written, and the manifest could not get its name: the data are kept."""
+
+
+def _expected_shares(request: Request) -> dict[int, Json]:
+    """By writer, what its share must be."""
+    return {
+        writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
+        for writer, pieces in request.layout.others.items()
+    }
 
 
 class Root:
@@ -204,17 +214,12 @@ class Root:
         }
         self._channel.post(prefix + "call", call)
         until = time.monotonic() + request.deadline
-        files = []
-        if layout.frozen:
-            self.frozen.begin(layout.frozen, request.buffer)
-        if layout.share or not layout.frozen:
-            files.append(write_file(directory / "00000.safetensors", layout.share, request.buffer))
-        if layout.frozen:
-            files.append(self._write_frozen(directory / FROZEN, request, make_room))
-        expected_shares = {
-            writer: [[p.label, list(p.offsets), list(p.shape), piece_checksum(p, request.buffer)] for p in pieces]
-            for writer, pieces in layout.others.items()
-        }
+        shares = [aside(lambda: _expected_shares(request), "lastgood-shares")] if layout.others else []
+        try:
+            files = self._write(directory, request, make_room)
+        finally:
+            wait(shares)  # Nobody may read the buffer any more when this is over.
+        expected_shares = shares[0].result() if shares else {}
         # Who has not come when the training asks for the next save is not waited for, unless its bytes would be lost.
         optional = {rank for rank in others if not self._only_there(request, rank)}
         reports = self._channel.collect(
@@ -253,6 +258,17 @@ class Root:
         self._go_round()
         self.frozen.committed()
         return Committed(directory, manifest.tensor_bytes, missing, bool(layout.frozen), written)
+
+    def _write(self, directory: Path, request: Request, make_room: Callable[[int], None]) -> list[Json]:
+        """Rank 0's own part."""
+        layout, files = request.layout, []
+        if layout.frozen:
+            self.frozen.begin(layout.frozen, request.buffer)
+        if layout.share or not layout.frozen:
+            files.append(write_file(directory / "00000.safetensors", layout.share, request.buffer))
+        if layout.frozen:
+            files.append(self._write_frozen(directory / FROZEN, request, make_room))
+        return files
 
     def _write_frozen(self, path: Path, request: Request, make_room: Callable[[int], None]) -> Json:
         """The file of what does not change: by hard link where that is safe, else written."""

@@ -10,13 +10,13 @@ in turns, a part of it at each save, before it is linked on.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lastgood import disk
+from lastgood.aside import aside
 from lastgood.errors import DamagedError
 from lastgood.manifest import Chunk, ShardRecord
 from lastgood.shard import FROZEN, Piece, check_full
@@ -132,18 +132,4 @@ class Frozen:
         self._turns = {key: turn for key, turn in self._turns.items() if key in self._copies} | {identity: at}
         whole = self._record
         record = ShardRecord(FROZEN, whole["size"], whole["header_size"], whole["header_checksum"])
-        done: Future[None] = Future()
-
-        def read() -> None:
-            try:
-                check_full(path, record, parts)
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        try:
-            threading.Thread(target=read, name="lastgood-read-back", daemon=True).start()
-        except RuntimeError:  # No more threads, or the interpreter is ending.
-            read()
-        return done
+        return aside(lambda: check_full(path, record, parts), "lastgood-read-back")

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lastgood import disk
+from lastgood import disk, random_state
 from lastgood.errors import LastGoodError
 from lastgood.manifest import Written, checksum, compact
 from lastgood.placement import LocalTensor, Placement
@@ -38,7 +38,8 @@ class Request:
     """How often this rank tried to save this step before."""
     objects: dict[str, Json]
     kinds: dict[str, str]
-    random: Json
+    random_taken: dict[str, Any]
+    """The random state, as :func:`lastgood.random_state.take` gave it."""
     metrics: dict[str, float]
     program: dict[str, Json]
     versions: dict[str, str]
@@ -49,6 +50,14 @@ class Request:
     buffer: Snapshot
     deadline: float
     """Seconds."""
+    _random: Json = None
+
+    @property
+    def random(self) -> Json:
+        """The random state. Asked for in the background only."""
+        if self._random is None:
+            self._random = random_state.as_json(self.random_taken)
+        return self._random
 
     @property
     def tensors(self) -> dict[str, LocalTensor]:

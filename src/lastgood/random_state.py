@@ -18,20 +18,35 @@ _PLACES = {"pos": 624, "buffer_pos": 4}
 
 def capture() -> Json:
     """The random state of this process, as JSON."""
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "python": (version, struct.pack(f"<{len(words)}I", *words), gauss),
-        "torch": _raw(torch.get_rng_state()),
-    }
+    return as_json(take())
+
+
+def take() -> dict[str, Any]:
+    """The random state of this process, as it is given, for :func:`as_json`: that takes longer, and can wait."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if numpy_in_use():
         import numpy as np
 
         # Not always a Mersenne Twister: numpy.random.set_bit_generator takes others.
-        state["numpy"] = without_arrays(np.random.get_state(legacy=False))
+        state["numpy"] = np.random.get_state(legacy=False)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = [_raw(item) for item in torch.cuda.get_rng_state_all()]
+        state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available() and torch.mps.current_allocated_memory():  # The program has tensors there.
-        state["mps"] = _raw(torch.mps.get_rng_state())
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def as_json(taken: dict[str, Any]) -> Json:
+    """What :func:`take` gave, as JSON."""
+    version, words, gauss = taken["python"]
+    state = {**taken, "python": (version, struct.pack(f"<{len(words)}I", *words), gauss)}
+    for kind in ("torch", "mps"):
+        if kind in state:
+            state[kind] = _raw(state[kind])
+    if "cuda" in state:
+        state["cuda"] = [_raw(item) for item in state["cuda"]]
+    if "numpy" in state:
+        state["numpy"] = without_arrays(state["numpy"])
     return encode(state, "random", _no_tensor)
 
 
@@ -119,7 +134,7 @@ def _raw(state: torch.Tensor) -> bytes:
 
 
 def _tensor(raw: bytes) -> torch.Tensor:
-    return torch.tensor(list(raw), dtype=torch.uint8)
+    return torch.tensor(list(raw), dtype=torch.uint8, device="cpu")
 
 
 def _no_tensor(*_: Any) -> Any:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import mmap
-import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from typing import Protocol
 import xxhash
 
 from lastgood import direct_io, disk
+from lastgood.aside import aside
 from lastgood.direct_io import PAGE
 from lastgood.errors import DamagedError
 from lastgood.manifest import DTYPE_BYTES, Chunk, ShardRecord, checksum, compact
@@ -95,22 +96,8 @@ def write(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> tuple[ShardRec
         The record of the file, and the checksum of every piece.
     """
     head = header(pieces)
-    digests: list[str] = []
-    failures: list[BaseException] = []
-
-    def digest() -> None:
-        try:
-            digests.append(checksum(head))
-            digests.extend(piece_checksum(piece, buffer) for piece in pieces)
-        except BaseException as error:
-            failures.append(error)
-
     # Both only read the buffer, and the hash releases the GIL: it is free while the disk is the slower one.
-    hashing = threading.Thread(target=digest, name="lastgood-checksum")
-    try:
-        hashing.start()
-    except RuntimeError:  # No more threads, or the interpreter is ending.
-        digest()
+    digests = aside(lambda: [checksum(head), *(piece_checksum(piece, buffer) for piece in pieces)], "lastgood-checksum")
     try:
         with disk.NewFile(path, direct=True) as file:
             file.write(_aligned(head))
@@ -122,11 +109,9 @@ def write(path: Path, pieces: Sequence[Piece], buffer: Buffer) -> tuple[ShardRec
             file.sync()
             size = file.size
     finally:
-        if hashing.ident is not None:
-            hashing.join()
-    if failures:
-        raise failures[0]
-    return ShardRecord(path.name, size, len(head), digests[0]), digests[1:]
+        wait([digests])  # Nobody may read the buffer any more when this is over.
+    first, *others = digests.result()
+    return ShardRecord(path.name, size, len(head), first), others
 
 
 def piece_checksum(piece: Piece, buffer: Buffer) -> str:
@@ -161,16 +146,6 @@ def check_size(path: Path, record: ShardRecord) -> None:
         raise DamagedError(f"{path} cannot be read: {error}") from error
     if size != record.size:
         raise DamagedError(f"{path} has {size} bytes instead of {record.size}")
-
-
-def check_chunk(path: Path, name: str, chunk: Chunk, data: memoryview, got: int) -> None:
-    """Whether `got` bytes read into `data` are the chunk. Raises DamagedError."""
-    if got != chunk.end - chunk.begin:
-        raise DamagedError(f"{path} ends in the middle of tensor {name!r}")
-    if checksum(data) != chunk.checksum:
-        raise DamagedError(
-            f"{path} is damaged: tensor {name!r} (bytes {chunk.begin} to {chunk.end}) does not match its checksum"
-        )
 
 
 def check_header(path: Path, record: ShardRecord) -> None:

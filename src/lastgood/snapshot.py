@@ -29,10 +29,10 @@ from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece, piece_checksum
 from lastgood.state import State
 from lastgood.steady import OVERLAP_BYTES
+from lastgood.watch import Samples, Watch, all_plain, is_plain, memory, version
 
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
-_SAMPLES = 4
 _THREADS = 2
 # To compare what is frozen, which one core does more slowly than the memory gives it.
 _PLANS = 16
@@ -44,34 +44,53 @@ _move_bytes = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c
 # To, from, bytes. It keeps the GIL: thousands of small ones would wait thousands of times to get it back.
 
 
-@dataclass(slots=True)
-class _Late:
-    """A tensor that is copied in the background, and what shows that nobody changed it meanwhile."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What the buffer holds already, if a tensor is what it was."""
 
-    piece: Piece
-    source: torch.Tensor
+    name: str
     storage: torch.UntypedStorage
     """Keeps the memory alive whatever becomes of the tensor."""
     address: int
-    version: int
-    sample: bytes
-    kept: str | None = None
-    """Checksum of what the buffer holds already, when it should be the same."""
+    size: int
+    checksum: str
 
-    def changed(self) -> bool:
-        return self.source._version != self.version or sample(self.address, self.piece.size) != self.sample
+
+@dataclass(slots=True)
+class _Late:
+    """What is done in the background, until that has begun."""
+
+    watch: Watch | None = None
+    todo: Sequence[tuple[int, int, int]] = ()
+    """What is to be copied, in the order of the buffer: place in it, address, bytes."""
+    kept: list[list[_Kept]] = field(default_factory=list)
+    """What is to be compared, for each thread."""
+
+
+class _Copies:
+    """The copying of tensors from where they lie to their pieces of the buffer; the same as long as they lie there."""
+
+    def __init__(self, addresses: Sequence[int], pieces: Sequence[Piece]) -> None:
+        self.addresses = addresses
+        self.names = [piece.name for piece in pieces]
+        self.samples = Samples(addresses, [piece.size for piece in pieces])
+        self.todo = [
+            (piece.at + offset, address + offset, min(_STRIDE, piece.size - offset))
+            for piece, address in zip(pieces, addresses, strict=True)
+            for offset in range(0, piece.size, _STRIDE)
+        ]
 
 
 class _Once:
     """A task that runs once, in whichever thread comes first."""
 
-    def __init__(self, task: Callable[[list[_Late]], None], items: list[_Late]) -> None:
-        self._task, self._items = task, items
+    def __init__(self, task: Callable[[], None]) -> None:
+        self._task = task
         self._first = threading.Lock()
 
     def __call__(self) -> None:
         if self._first.acquire(blocking=False):
-            self._task(self._items)
+            self._task()
 
 
 @dataclass(slots=True)
@@ -101,10 +120,20 @@ class _Plan:
     """Of the places of the small ones."""
     sizes: list[int]
     """Bytes of the small ones."""
+    large_sizes: list[int]
+    """Bytes of the large ones."""
+    whole: bool
+    """Whether all of the large ones are whole tensors."""
     token: object = None
     """Of the state that the places of the sources are of."""
     sources: list[int] = field(default_factory=list)
     """Those of the small ones."""
+    large_sources: list[int] = field(default_factory=list)
+    """Those of the large ones."""
+    all_late: tuple[object, object] = None, None
+    """For which places of the tensors, and which steady ones, all of the large ones could wait."""
+    copies: _Copies | None = None
+    """The copying that was put off last."""
 
     def find(self, state: State) -> None:
         """Look up the places of the sources."""
@@ -113,7 +142,12 @@ class _Plan:
             for part in self.parts:
                 part.source = index[part.piece.name]
             self.sources = [part.source for part in self.small]
+            self.large_sources = [part.source for part in self.large]
             self.token = state.token
+
+
+def _no_plan(rank: int) -> _Plan:
+    return _Plan(Layout(rank, [], [], [], {}, 0, ()), [], [], [], [], [], [], [], True)
 
 
 class Snapshot:
@@ -127,11 +161,11 @@ class Snapshot:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._plans: dict[object, _Plan] = {}
-        self._plan = _Plan(Layout(rank, [], [], [], {}, 0, ()), [], [], [], [], [], [])
+        self._plan = _no_plan(rank)
         self._key: object = None
         """The structure of the state for which there are plans, and the token of such a state."""
         self._token: object = None
-        self._storage = torch.empty(0, dtype=torch.uint8)
+        self._storage = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._buffer = self._storage
         self.layout = self._plan.layout
         self.view = memoryview(b"")
@@ -146,10 +180,9 @@ class Snapshot:
         self._copying = False
         self._comparing = 0
         """Threads that still compare what the buffer holds since an earlier save."""
-        self._late: tuple[list[_Late], list[list[_Late]]] = [], []
-        """What is to be copied and compared in the background, until that has begun."""
-        self._todo: deque[tuple[_Late, int, int]] = deque()
-        """The parts that are to be copied, in the order of the buffer: tensor, where it begins in it, and its bytes."""
+        self._late = _Late()
+        self._todo: deque[tuple[int, int, int]] = deque()
+        """What of that is left to copy."""
         self._moving = 0
         """Threads that copy one of them now."""
         self._failure: str | None = None
@@ -198,42 +231,31 @@ class Snapshot:
             for part in plan.large
             if part.piece.name in unchanged and before.get(part.piece.name, (-1,))[0] == part.piece.at
         }
-        late: list[_Late] = []
         with torch.no_grad():
             queue: list[tuple[torch.Tensor, torch.Tensor]] = []
             queued: list[tuple[str, torch.Tensor, int]] = []
             targets: list[torch.Tensor] = []
             rest: list[torch.Tensor] = []
             small = [sources[number] for number in plan.sources]
-            plain = all(map(torch.Tensor.is_contiguous, small)) and not any(map(torch.Tensor.is_neg, small))
-            if plain and list(map(_NBYTES, small)) == plan.sizes:
+            if all_plain(small) and list(map(_NBYTES, small)) == plan.sizes:
                 deque(map(_move_bytes, plan.addresses, map(torch.Tensor.data_ptr, small), plan.sizes), maxlen=0)
             else:
                 targets += [part.target for part in plan.small]
                 rest += small
-            large = [_source(sources[part.source], part.piece) for part in plan.large]
-            if self.overlap:
-                storages = list(map(torch.Tensor.untyped_storage, large))
-                for part, source, storage in zip(plan.large, large, storages, strict=True):
-                    piece = part.piece
-                    known = storage.data_ptr() in steady or piece.name in unchanged
-                    if known and is_plain(source) and source.nbytes == piece.size:
-                        kept = self._kept[piece.name][1] if piece.name in self._kept else None
-                        address = source.data_ptr()
-                        words = sample(address, piece.size)
-                        late.append(_Late(piece, source, storage, address, source._version, words, kept))
-                    else:
-                        targets.append(part.target)
-                        rest.append(source)
-            else:
-                targets += [part.target for part in plan.large]
-                rest += large
+            large = [sources[number] for number in plan.large_sources]
+            if not plan.whole:
+                large = [_source(source, part.piece) for source, part in zip(large, plan.large, strict=True)]
+            late = self._choose(plan, large, steady, unchanged, state.places)
+            if len(late) < len(large):
+                now = set(range(len(large))) - set(late)
+                targets += [plan.large[number].target for number in now]
+                rest += [large[number] for number in now]
             for part in plan.others:
                 source = _source(sources[part.source], part.piece)
                 if source.is_cuda:
                     queue.append((part.target, source))
                     if self.overlap and source.untyped_storage().data_ptr() in steady:
-                        queued.append((part.piece.name, source, source._version))
+                        queued.append((part.piece.name, source, version(source)))
                 elif source.is_cpu:
                     targets.append(part.target)
                     rest.append(source)
@@ -244,14 +266,60 @@ class Snapshot:
             if queue:
                 self._queue(queue, steady)
                 self._queued = queued
-        copies = [item for item in late if item.kept is None]
-        same = [item for item in late if item.kept is not None]
-        shares = [share for share in (same[number::_THREADS] for number in range(_THREADS)) if share]
+        self._late = self._put_off(plan, large, late)
+        todo = self._late.todo
         with self._news:
             # What is kept is there: whether it still is what it should be shows later, and in time for the commit.
-            self._filled = copies[0].piece.at if copies else self.layout.size
-            self._copying, self._comparing = bool(copies), len(shares)
-            self._late = copies, shares
+            self._filled = todo[0][0] if todo else self.layout.size
+            self._copying, self._comparing = bool(todo), len(self._late.kept)
+
+    def _choose(
+        self,
+        plan: _Plan,
+        large: Sequence[torch.Tensor],
+        steady: frozenset[int],
+        unchanged: frozenset[str],
+        places: object,
+    ) -> Sequence[int]:
+        """Which of the large tensors can wait to be copied, in the order of the buffer."""
+        if not self.overlap:
+            return ()
+        if places is not None and plan.all_late[0] is places and plan.all_late[1] is steady and all_plain(large):
+            return range(len(large))
+        storages = map(torch.UntypedStorage.data_ptr, map(torch.Tensor.untyped_storage, large))
+        known = list(map(steady.__contains__, storages))
+        if unchanged:
+            known = [one or part.piece.name in unchanged for one, part in zip(known, plan.large, strict=True)]
+        if all(known) and all_plain(large) and list(map(_NBYTES, large)) == plan.large_sizes:
+            if not unchanged:
+                plan.all_late = places, steady
+            return range(len(large))
+        return [
+            number
+            for number, (one, source, size) in enumerate(zip(known, large, plan.large_sizes, strict=True))
+            if one and is_plain(source) and source.nbytes == size
+        ]
+
+    def _put_off(self, plan: _Plan, large: Sequence[torch.Tensor], late: Sequence[int]) -> _Late:
+        """What is to be done in the background about the large tensors that can wait."""
+        numbers = [number for number in late if plan.large[number].piece.name not in self._kept] if self._kept else late
+        found = _Late()
+        if len(numbers) < len(late):
+            kept = []
+            for number in late:
+                source, piece = large[number], plan.large[number].piece
+                if piece.name in self._kept:
+                    digest = self._kept[piece.name][1]
+                    kept.append(_Kept(piece.name, source.untyped_storage(), source.data_ptr(), piece.size, digest))
+            found.kept = [share for share in (kept[number::_THREADS] for number in range(_THREADS)) if share]
+        if numbers:
+            tensors = [large[number] for number in numbers]
+            addresses = list(map(torch.Tensor.data_ptr, tensors))
+            if plan.copies is None or plan.copies.addresses != addresses:
+                plan.copies = _Copies(addresses, [plan.large[number].piece for number in numbers])
+            found.watch = Watch(plan.copies.names, tensors, plan.copies.samples)
+            found.todo = plan.copies.todo
+        return found
 
     def begin(self) -> None:
         """Begin with the copying in the background, where nobody has yet: the last thing that a save does.
@@ -259,14 +327,10 @@ class Snapshot:
         From then on it competes for the interpreter.
         """
         with self._news:
-            (copies, shares), self._late = self._late, ([], [])
-            self._todo.extend(
-                (item, offset, min(_STRIDE, item.piece.size - offset))
-                for item in copies
-                for offset in range(0, item.piece.size, _STRIDE)
-            )
-        tasks = [_Once(self._copy, copies)] if copies else []
-        tasks += [_Once(self._compare, share) for share in shares]
+            late, self._late = self._late, _Late()
+            self._todo.extend(late.todo)
+        tasks = [_Once(functools.partial(self._copy, late.watch))] if late.watch is not None else []
+        tasks += [_Once(functools.partial(self._compare, share)) for share in late.kept]
         try:
             for task in tasks:
                 try:
@@ -301,7 +365,7 @@ class Snapshot:
         self._forget_plans()
         self._key = self._token = None
         self._events, self._filled = [], 0
-        self._storage = self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._storage = self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.view = memoryview(b"")
 
     def await_bytes(self, end: int) -> None:
@@ -352,13 +416,13 @@ class Snapshot:
             return False
         with torch.no_grad():
             for part in self._plan.parts:
-                present = torch.empty(part.target.shape, dtype=part.target.dtype)
+                present = torch.empty(part.target.shape, dtype=part.target.dtype, device="cpu")
                 present.copy_(_source(state.tensors[part.piece.name].tensor, part.piece))
                 if not torch.equal(present.reshape(-1).view(torch.uint8), part.target.reshape(-1).view(torch.uint8)):
                     return False
         return True
 
-    def _copy(self, late: list[_Late]) -> None:
+    def _copy(self, watch: Watch) -> None:
         """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
         try:
             moving = True
@@ -370,9 +434,9 @@ class Snapshot:
                         self._news.wait()
                     moving = bool(self._todo)  # A part comes back where a signal interrupted who copied it.
             # Not before: an operation that was under way raises the version counters only at its end.
-            for item in late:
-                if item.changed():
-                    return self._fail(item.piece.name)
+            changed = watch.changed()
+            if changed is not None:
+                return self._fail(changed)
             self._advance(self.layout.size)
         except BaseException as error:
             self._fail(f"({error})")
@@ -387,34 +451,32 @@ class Snapshot:
         with self._news:
             if not self._todo:
                 return False
-            item, offset, size = self._todo[end]
+            at, address, size = self._todo[end]
             del self._todo[end]
             self._moving += 1
-        at = item.piece.at + offset
         filled, copied = at + size, False
         try:
             # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
-            ctypes.memmove(self._buffer.data_ptr() + at, item.address + offset, size)
+            ctypes.memmove(self._buffer.data_ptr() + at, address, size)
             copied = True
         finally:
             with self._news:
                 self._moving -= 1
                 if not copied:  # A signal, such as Ctrl-C: whoever copies next takes it.
-                    self._todo.insert(len(self._todo) if end else 0, (item, offset, size))
+                    self._todo.insert(len(self._todo) if end else 0, (at, address, size))
                 elif end == 0 and self._todo:
-                    following, offset, _ = self._todo[0]
-                    filled = following.piece.at + offset
+                    filled = self._todo[0][0]
                 self._news.notify_all()
         if end == 0:
             self._advance(filled)
         return True
 
-    def _compare(self, late: list[_Late]) -> None:
+    def _compare(self, kept: list[_Kept]) -> None:
         """Whether the tensors are what the buffer holds since an earlier save: looking is cheaper than copying."""
         try:
-            for item in late:
-                if checksum(memory(item.address, item.piece.size)) != item.kept:
-                    return self._fail(item.piece.name)
+            for item in kept:
+                if checksum(memory(item.address, item.size)) != item.checksum:
+                    return self._fail(item.name)
         except BaseException as error:
             self._fail(f"({error})")
             raise
@@ -427,7 +489,7 @@ class Snapshot:
         """Whether something other than a step changed a tensor of the GPU since ``save``: before a step, or later."""
         with self._news:
             queued, self._queued = self._queued, []
-            changed = next((name for name, source, version in queued if source._version != version), None)
+            changed = next((name for name, source, before in queued if version(source) != before), None)
             if changed is not None:
                 self._fail(changed)  # Before another thread can find that nothing is left to look at.
 
@@ -484,16 +546,18 @@ class Snapshot:
                 # The old buffer goes first: two at once would be twice the memory that is promised.
                 self._forget_plans()
                 self._kept = {}
-                self._buffer, self.view = torch.empty(0), memoryview(b"")
-                self._storage = torch.empty(0)
+                self._buffer, self.view = torch.empty(0, device="cpu"), memoryview(b"")
+                self._storage = torch.empty(0, device="cpu")
                 pin = torch.cuda.is_available() and any(t.tensor.is_cuda for t in tensors.values())
-                self._storage = torch.empty(layout.size + PAGE, dtype=torch.uint8, pin_memory=pin)
+                self._storage = torch.empty(layout.size + PAGE, dtype=torch.uint8, device="cpu", pin_memory=pin)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             self._set_view(layout)
             self._plans[key] = self._make_plan(layout, tensors)
         self._plan = self._plans[key]
-        self._set_view(self._plan.layout)
+        if self._plan.layout is not self.layout:
+            self._set_view(self._plan.layout)
+        self._filled = self.layout.size
 
     def _make_plan(self, layout: Layout, tensors: Mapping[str, LocalTensor]) -> _Plan:
         parts = [_Part(piece, self._target(piece)) for piece in layout.pieces()]
@@ -509,16 +573,18 @@ class Snapshot:
             else:
                 others.append(part)
         addresses = [part.target.data_ptr() for part in small]
-        return _Plan(layout, parts, small, large, others, addresses, [part.piece.size for part in small])
+        sizes, large_sizes = ([part.piece.size for part in some] for some in (small, large))
+        whole = all(part.piece.shape == tensors[part.piece.name].tensor.shape for part in large)
+        return _Plan(layout, parts, small, large, others, addresses, sizes, large_sizes, whole)
 
     def _forget_plans(self) -> None:
         """They hold the memory of the buffer."""
         self._plans.clear()
-        self._plan = _Plan(Layout(self._rank, [], [], [], {}, 0, ()), [], [], [], [], [], [])
+        self._plan = _no_plan(self._rank)
         self.layout = self._plan.layout
 
     def _set_view(self, layout: Layout) -> None:
-        self.layout, self._filled = layout, layout.size
+        self.layout = layout
         start = -self._storage.data_ptr() % PAGE
         self._buffer = self._storage[start : start + layout.size]
         self.view = memory(self._buffer.data_ptr(), layout.size)
@@ -526,11 +592,6 @@ class Snapshot:
     def _target(self, piece: Piece) -> torch.Tensor:
         raw = self._buffer[piece.at : piece.at + piece.size]
         return raw.view(DTYPES[piece.dtype]).view(piece.shape)
-
-
-def memory(address: int, size: int) -> memoryview:
-    """A view of memory that somebody else keeps alive."""
-    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 def _structure(tensors: Mapping[str, LocalTensor]) -> object:
@@ -542,25 +603,8 @@ def _structure(tensors: Mapping[str, LocalTensor]) -> object:
     ]
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its bytes lie in memory as they are saved."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
 def _source(part: torch.Tensor, piece: Piece) -> torch.Tensor:
     if part.shape == piece.shape:
         return part
     # A share of a replicated tensor: rows of it.
     return part.narrow(0, piece.offsets[0], piece.shape[0])
-
-
-@functools.lru_cache(1 << 16)
-def _words(address: int, size: int) -> memoryview:
-    words = memory(address, size // 8 * 8).cast("Q")
-    return words[:: max(1, (len(words) - 1) // (_SAMPLES - 1))]
-
-
-def sample(address: int, size: int) -> bytes:
-    """A few words of memory that somebody else keeps alive, spread over it."""
-    # The view is kept: a tensor mostly lies where it lay at the save before.
-    return _words(address, size).tobytes()

@@ -58,6 +58,11 @@ class State:
         return self._tensors
 
     @property
+    def places(self) -> object:
+        """The same object as that of another state, if both hold the same tensors at the same addresses."""
+        return None if self.token is None else self.token.addresses
+
+    @property
     def sources(self) -> list[torch.Tensor]:
         """What this rank holds of every tensor, at the places that :attr:`index` says."""
         if self._sight is not None:

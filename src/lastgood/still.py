@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lastgood.placement import Placement
-from lastgood.snapshot import is_plain, sample
 from lastgood.state import State
+from lastgood.watch import is_plain, sample, version
 
 FROZEN_BYTES = 256 << 10
 """Smaller tensors are written with the others: that takes no longer than to find out that they are frozen."""
@@ -24,6 +24,8 @@ class Still:
         self._token: object = None
         self._large: list[str] = []
         """The tensors that can be frozen at all, of the state with that token."""
+        self._free: tuple[object, object, list[str]] = None, None, []
+        """Those of them that no optimizer changes, for which places of all tensors, and which held ones."""
 
     def take(
         self, state: State, held: frozenset[int], announced: Sequence[str] | None
@@ -46,13 +48,16 @@ class Still:
                 if part.tensor.nbytes >= FROZEN_BYTES and part.placement not in (Placement.SHARDED, Placement.LOCAL)
             ]
         sources, index = state.sources, state.index
-        for name in self._large:
+        if state.places is None or self._free[0] is not state.places or self._free[1] is not held:
+            free = [name for name in self._large if sources[index[name]].untyped_storage().data_ptr() not in held]
+            self._free = state.places, held, free
+        for name in self._free[2]:
             tensor = sources[index[name]]
-            if tensor.untyped_storage().data_ptr() in held or not is_plain(tensor):
+            if not is_plain(tensor):
                 continue
             sign = (
                 tensor.data_ptr(),
-                tensor._version,
+                version(tensor),
                 sample(tensor.data_ptr(), tensor.nbytes) if tensor.is_cpu else b"",
             )
             known = self._signs.get(name)

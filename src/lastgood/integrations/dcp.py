@@ -365,7 +365,7 @@ class Reader(StorageReader):
         dtype = entry.properties.dtype
         if box.sizes.numel() * dtype.itemsize != len(raw):
             raise DamagedError(f"{self._directory}: {index.fqn} has {len(raw)} bytes, which do not fit its shape")
-        saved = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        saved = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype, device="cpu")
         saved = saved.reshape(box.sizes)
         for dimension, (begin, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
             saved = saved.narrow(dimension, begin, length)
