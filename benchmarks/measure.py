@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -9,8 +12,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,63 +46,76 @@ def side_by_side(
     rounds: int,
     pause: float,
     warm: int = 2,
-    restore: bool = True,
+    restores: int = 3,
 ) -> dict[str, Series]:
-    """Hold-up, time until durable and time to restore, of all contenders on the same state.
+    """Hold-up and time until durable, then the time to restore, of all contenders on the same state.
 
     Args:
         pause: seconds of forward and backward between a save and the next optimizer step.
         warm: rounds that do not count: buffers and plans are made in them.
+        restores: rounds of restores, after one that does not count.
     """
     results: dict[str, Series] = {kind.name: Series() for kind in contenders}
     job = build()
     running: dict[str, Contender] = {}
+
+    def take_turns(measure: Callable[[Contender, Series], None]) -> None:
+        for name, contender in list(running.items()):
+            try:
+                measure(contender, results[name])
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                results[name].why_not = f"{type(error).__name__}: {error}"
+                del running[name]
+            trim()
+
     for kind in contenders:
         try:
             running[kind.name] = kind(job, directory / kind.__name__)
         except Exception as error:
             results[kind.name].why_not = f"{type(error).__name__}: {error}"
     step = 0
-    for round_ in range(-warm, rounds):
-        for name, contender in list(running.items()):
-            series = results[name]
-            try:
-                for at_once in (False, True):
-                    step += 1
-                    job.step()
-                    settle(job)
-                    began, cpu = time.perf_counter(), time.thread_time()
-                    contender.save(step)
-                    held, held_cpu = time.perf_counter() - began, time.thread_time() - cpu
-                    if not at_once:
-                        time.sleep(pause)
-                    waits, cpu = time.perf_counter(), time.thread_time()
-                    contender.before_step()
-                    settle(job)
-                    held += time.perf_counter() - waits
-                    held_cpu += time.thread_time() - cpu
-                    contender.finish()
-                    durable = time.perf_counter() - began
-                    contender.settle()
-                    if round_ >= 0:
-                        if at_once:
-                            series.hold_at_once.append(held)
-                            series.durable.append(durable)
-                        else:
-                            series.hold.append(held)
-                            series.hold_cpu.append(held_cpu)
-                    if at_once and restore and round_ >= 0:
-                        drop_cache(contender.directory)
-                        began = time.perf_counter()
-                        contender.restore()
-                        settle(job)
-                        series.restore.append(time.perf_counter() - began)
-                    contender.forget(step)
-            except Exception as error:
-                traceback.print_exc(file=sys.stderr)
-                series.why_not = f"{type(error).__name__}: {error}"
-                del running[name]
-            trim()
+
+    def save(contender: Contender, series: Series, *, counts: bool, last: bool) -> None:
+        nonlocal step
+        for at_once in (False, True):
+            step += 1
+            job.step()
+            settle(job)
+            began, cpu = time.perf_counter(), time.thread_time()
+            contender.save(step)
+            held, held_cpu = time.perf_counter() - began, time.thread_time() - cpu
+            if not at_once:
+                time.sleep(pause)
+            waits, cpu = time.perf_counter(), time.thread_time()
+            contender.before_step()
+            settle(job)
+            held += time.perf_counter() - waits
+            held_cpu += time.thread_time() - cpu
+            contender.finish()
+            durable = time.perf_counter() - began
+            contender.settle()
+            if counts and at_once:
+                series.hold_at_once.append(held)
+                series.durable.append(durable)
+            elif counts:
+                series.hold.append(held)
+                series.hold_cpu.append(held_cpu)
+            if not (last and at_once):
+                contender.forget(step)
+
+    def restore(contender: Contender, series: Series, *, counts: bool) -> None:
+        drop_cache(contender.directory)
+        began = time.perf_counter()
+        contender.restore()
+        settle(job)
+        if counts:
+            series.restore.append(time.perf_counter() - began)
+
+    for number in range(warm + rounds):
+        take_turns(functools.partial(save, counts=number >= warm, last=number == warm + rounds - 1))
+    for number in range(1 + restores):
+        take_turns(functools.partial(restore, counts=number > 0))
     for contender in running.values():
         contender.close()
     shutil.rmtree(directory, ignore_errors=True)
@@ -112,6 +130,11 @@ def settle(job: Job) -> None:
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median over the rounds of what one took of what the other took in the same round."""
+    return median([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +212,17 @@ def throughput(
     mean = statistics.fmean(ratios)
     spread = 2.0 * statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
     return Throughput(mean, mean - spread, mean + spread, statistics.fmean(cpus), median(plain_times))
+
+
+def in_new_process(work: Callable[..., Any], *arguments: object) -> Any:
+    """What `work` returns in a process of its own, which has nothing of what was measured before in its memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet, (torch.get_num_threads(),)) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _quiet(threads: int) -> None:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
 
 
 def resident() -> int:

@@ -119,9 +119,15 @@ class Raw(Contender):
         self._last = self.path(step)
 
     def restore(self) -> None:
-        file = os.open(self._last, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        self.read(self._last, self._block)
+
+    @staticmethod
+    def read(path: Path, block: memoryview | None = None) -> None:
+        """Read a file from its beginning to its end, past the cache."""
+        block = memoryview(mmap.mmap(-1, _BLOCK)) if block is None else block
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
         try:
-            while os.readv(file, [self._block]):
+            while os.readv(file, [block]):
                 continue
         finally:
             os.close(file)

@@ -40,7 +40,7 @@ class Job:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
-def _job(shapes: list[tuple[int, ...]], frozen: set[int], device: str = "cpu") -> Job:
+def _job(shapes: list[tuple[int, ...]], frozen: set[int], device: str = "cpu", fresh: bool = False) -> Job:
     model = nn.Module()
     generator = torch.Generator().manual_seed(0)
     for index, shape in enumerate(shapes):
@@ -48,14 +48,19 @@ def _job(shapes: list[tuple[int, ...]], frozen: set[int], device: str = "cpu") -
         model.register_parameter(f"p{index:05d}", nn.Parameter(value, requires_grad=index not in frozen))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     job = Job(model, torch.optim.AdamW(trained, lr=1e-4, foreach=True))
-    job.step()
+    if not fresh:
+        job.step()
     return job
 
 
-def adamw(mib: int = 600, tensors: int = 60, device: str = "cpu") -> Job:
-    """fp32 weights with AdamW: `tensors` parameters and twice as many moments, `mib` MiB together."""
+def adamw(mib: int = 600, tensors: int = 60, device: str = "cpu", fresh: bool = False) -> Job:
+    """fp32 weights with AdamW: `tensors` parameters and twice as many moments, `mib` MiB together.
+
+    Args:
+        fresh: there are no moments yet.
+    """
     rows = mib * MIB // (3 * tensors * 4 * 1024)
-    return _job([(rows, 1024)] * tensors, set(), device)
+    return _job([(rows, 1024)] * tensors, set(), device, fresh)
 
 
 def small(tensors: int = 20_000) -> Job:
