@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
+import mmap
 import os
 import random
 import threading
@@ -213,38 +215,38 @@ def test_after_an_error_no_thread_goes_on(tmp_path: Path, monkeypatch: Patch, th
     assert next(parts) <= number + 1 + 2 * (threads - 1), "each of the others ends its part, and perhaps its next"
 
 
-def is_cached(path: Path, eighth: int) -> bool:
-    """Whether this place of a file is in the cache. Asking brings it there, and some of its neighbours."""
-    with open(path, "rb", buffering=0) as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size * eighth // 8, os.RWF_NOWAIT) == 1
-        except BlockingIOError:
-            return False
-        except OSError:
-            pytest.skip("this file system does not tell what is cached")
+def cached(path: Path) -> float:
+    """The share of a file that is in the cache. Unlike a read, this question does not bring it there."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as held:
+        pages = (ctypes.c_ubyte * -(-len(held) // mmap.PAGESIZE))()
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(held))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(len(held)), pages) == 0
+        return sum(page & 1 for page in pages) / len(pages)
 
 
 @linux
 def test_whether_a_file_is_cached_is_known(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(8 << 20))
     with disk.open_read(tmp_path / "f") as file:
-        assert is_cached(tmp_path / "f", 1) and direct_io.is_cached(file.fileno()), "it was just written"
-        forget(tmp_path / "f")
-        assert not direct_io.is_cached(file.fileno()) and not is_cached(tmp_path / "f", 1)
+        if forget(tmp_path / "f") or cached(tmp_path / "f"):
+            pytest.skip("needs a disk: this file system is memory")
+        # A fast disk may bring the page while the system is asked for it.
+        assert not all(forget(tmp_path / "f") or direct_io.is_cached(file.fileno()) for _ in range(5))
+        (tmp_path / "f").read_bytes()
+        assert direct_io.is_cached(file.fileno())
 
 
 @linux
 def test_one_process_reads_past_the_cache_and_several_through_it(tmp_path: Path, monkeypatch: Patch) -> None:
-    around = (1, 3, 5, 7)  # Who reads looks at the header and in the middle first.
     with lastgood.Checkpointer(tmp_path / "run", model=torch.nn.Linear(1024, 2048)) as ckpt:
         ckpt.save(1, blocking=True).result()
         path = max((tmp_path / "run").rglob("*.safetensors"), key=lambda path: path.stat().st_size)
-        forget(path)
-        assert not is_cached(path, 2)
-        assert ckpt.restore() == 1
-        assert not any(is_cached(path, eighth) for eighth in around), "others may need the memory"
+        if forget(path) or cached(path):
+            pytest.skip("needs a disk: this file system is memory")
+        shares = [forget(path) or (ckpt.restore(), cached(path))[1] for _ in range(5)]
+        assert min(shares) < 0.2, "others may need the memory"
     checkpoint = save(tmp_path / "c", {"large": (saved := value("large", 8 << 20))})
     read(checkpoint, whole("large", saved), alone=False)
-    assert all(is_cached(tmp_path / "c" / "0.safetensors", eighth) for eighth in around), "the next finds it there"
+    assert cached(tmp_path / "c" / "0.safetensors") > 0.9, "the next finds it there"
     monkeypatch.delattr(direct_io, "_set_direct")
     read(checkpoint, whole("large", saved))  # Not past the cache: all is there.

@@ -165,18 +165,24 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want], *, alon
 
 
 def _batches(jobs: Sequence[_Job]) -> Iterator[list[tuple[_Job, int, int]]]:
-    """Parts of chunks that lie close together, as many as one read takes: each job, and where its part is."""
+    """Parts of chunks that lie close together, as many as one read takes: each job, and where its part is.
+
+    A read past the cache takes whole pages: so the file is cut at multiples of a block, wherever the chunks begin.
+    """
     batch: list[tuple[_Job, int, int]] = []
     for job in jobs:
-        chunk = job.chunk
-        for begin in range(chunk.begin, max(chunk.end, chunk.begin + 1), _BLOCK):
-            end = min(begin + _BLOCK, chunk.end)
+        chunk, begin = job.chunk, job.chunk.begin
+        while True:
+            end = min(begin - begin % _BLOCK + _BLOCK, chunk.end)
             if batch:
-                last = batch[-1][0].chunk.shard, batch[-1][2]
-                if last[0] != chunk.shard or begin > last[1] + _GAP or end - batch[0][1] > _BLOCK:
+                before, first, last = batch[-1][0].chunk.shard, batch[0][1], batch[-1][2]
+                if before != chunk.shard or begin // _BLOCK != first // _BLOCK or begin > last + _GAP:
                     yield batch
                     batch = []
             batch.append((job, begin, end))
+            if end == chunk.end:
+                break
+            begin = end
     if batch:
         yield batch
 

@@ -68,10 +68,14 @@ class _Late:
 
 
 class _Copies:
-    """The copying of tensors from where they lie to their pieces of the buffer; the same as long as they lie there."""
+    """The copying of tensors from where they lie to their pieces of the buffer; the same as long as they lie there.
 
-    def __init__(self, addresses: Sequence[int], pieces: Sequence[Piece]) -> None:
-        self.addresses = addresses
+    Args:
+        numbers: which of the large tensors of the plan they are.
+    """
+
+    def __init__(self, numbers: Sequence[int], addresses: Sequence[int], pieces: Sequence[Piece]) -> None:
+        self.places = numbers, addresses
         self.names = [piece.name for piece in pieces]
         self.samples = Samples(addresses, [piece.size for piece in pieces])
         self.todo = [
@@ -266,12 +270,13 @@ class Snapshot:
             if queue:
                 self._queue(queue, steady)
                 self._queued = queued
-        self._late = self._put_off(plan, large, late)
-        todo = self._late.todo
+        put_off = self._put_off(plan, large, late)
+        todo = put_off.todo
         with self._news:
+            self._late = put_off
             # What is kept is there: whether it still is what it should be shows later, and in time for the commit.
             self._filled = todo[0][0] if todo else self.layout.size
-            self._copying, self._comparing = bool(todo), len(self._late.kept)
+            self._copying, self._comparing = bool(todo), len(put_off.kept)
 
     def _choose(
         self,
@@ -315,8 +320,8 @@ class Snapshot:
         if numbers:
             tensors = [large[number] for number in numbers]
             addresses = list(map(torch.Tensor.data_ptr, tensors))
-            if plan.copies is None or plan.copies.addresses != addresses:
-                plan.copies = _Copies(addresses, [plan.large[number].piece for number in numbers])
+            if plan.copies is None or plan.copies.places != (numbers, addresses):
+                plan.copies = _Copies(numbers, addresses, [plan.large[number].piece for number in numbers])
             found.watch = Watch(plan.copies.names, tensors, plan.copies.samples)
             found.todo = plan.copies.todo
         return found
