@@ -20,6 +20,8 @@ import lastgood
 from benchmarks.states import Job
 
 _BLOCK = 16 << 20
+_KEPT = 2
+# Checkpoints.
 
 
 class Contender:
@@ -69,7 +71,7 @@ class Lastgood(Contender):
 
     def __init__(self, job: Job, directory: Path) -> None:
         super().__init__(job, directory)
-        self._checkpointer = lastgood.Checkpointer(directory, keep=lastgood.Keep(last=2), **job.objects())
+        self._checkpointer = lastgood.Checkpointer(directory, keep=lastgood.Keep(last=_KEPT), **job.objects())
         self._handle: Any = None
 
     def save(self, step: int) -> None:
@@ -101,6 +103,7 @@ class Raw(Contender):
     def __init__(self, job: Job, directory: Path) -> None:
         super().__init__(job, directory)
         self._size = -(-job.bytes() // 4096) * 4096
+        self._files: list[Path] = []
         self._block = memoryview(mmap.mmap(-1, _BLOCK))
         torch.frombuffer(self._block, dtype=torch.uint8).random_()
 
@@ -116,10 +119,15 @@ class Raw(Contender):
             os.fsync(file)
         finally:
             os.close(file)
-        self._last = self.path(step)
+        self._files.append(self.path(step))
+
+    def forget(self, step: int) -> None:
+        """Keep as many as lastgood does: to write the same blocks again and again would be faster than any disk."""
+        while len(self._files) > _KEPT:
+            self._files.pop(0).unlink()
 
     def restore(self) -> None:
-        self.read(self._last, self._block)
+        self.read(self._files[-1], self._block)
 
     @staticmethod
     def read(path: Path, block: memoryview | None = None) -> None:

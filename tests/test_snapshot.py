@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import snapshot
+from lastgood import shard, snapshot
 from lastgood.errors import SaveError
 
 WIDTH = 384
@@ -360,6 +360,33 @@ def test_who_waits_for_the_copy_takes_part_in_it(tmp_path: Path, monkeypatch: py
         monkeypatch.undo()
         ckpt.restore(1)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_cores_are_for_the_copy_while_training_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    began: list[int] = []
+    real = shard.checksum
+    monkeypatch.setattr(shard, "checksum", lambda data: (began.append(len(ckpt._snapshot._todo)), real(data))[1])
+    with begin(tmp_path, model=model, optimizer=optimizer) as ckpt:
+        step(model, optimizer)
+        ckpt.save(1, blocking=True)
+        step(model, optimizer)
+        began.clear()
+        real_copy = snapshot.ctypes.memmove
+
+        def slowly(*arguments: int) -> Any:
+            time.sleep(0.02)
+            return real_copy(*arguments)
+
+        monkeypatch.setattr(snapshot.ctypes, "memmove", slowly)
+        handle = ckpt.save(2)
+        ckpt.wait_snapshot()
+        handle.result()
+    # A few may begin before the training waits.
+    assert len(began) > 12 and len(began) - began.count(0) <= 3, "checksums waited, although their bytes were there"
 
 
 @pytest.mark.parametrize("where", ["before the step", "in save"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -54,6 +56,28 @@ def test_its_state_is_steady_and_small_tensors_are_not() -> None:
         optimizer.state[model.weight]["exp_avg_sq"].data_ptr(),
     }
     assert len(waits) == 1
+
+
+def test_what_is_found_for_tensors_at_the_same_places_is_used_again_as_long_as_it_holds() -> None:
+    model = nn.Linear(WIDTH, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steady, _ = watched(optimizer)
+    step(model, optimizer)
+    places = object()
+    held, found = steady.look(places)
+    assert model.weight.data_ptr() in found
+    step(model, optimizer)
+    assert steady.look(places) == (held, found)
+    assert not steady.look(places)[1], "no step since the last look"
+    model.weight.requires_grad_(False)
+    model.bias.grad = torch.ones_like(model.bias)
+    optimizer.step()
+    assert model.weight.data_ptr() in held and model.weight.data_ptr() not in steady.look(places)[0]
+    again = weakref.ref(optimizer)
+    del optimizer, model
+    gc.collect()
+    assert again() is None, "nothing keeps an optimizer alive"
+    assert steady.look(places) == (frozenset(), frozenset())
 
 
 def test_one_optimizer_says_nothing_about_the_weights_of_another() -> None:

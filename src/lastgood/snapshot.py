@@ -189,6 +189,8 @@ class Snapshot:
         """What of that is left to copy."""
         self._moving = 0
         """Threads that copy one of them now."""
+        self._waited_for = False
+        """Whether somebody is in :meth:`wait`."""
         self._failure: str | None = None
         self._kept: dict[str, tuple[int, str]] = {}
         """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
@@ -356,12 +358,18 @@ class Snapshot:
         self._look_at_queued()
         for device, event in self._events:
             torch.cuda.current_stream(device).wait_event(event)
-        # Who waits has a core to spare. It begins at the end: the writer follows what is copied from the beginning.
-        while self._move(-1):
-            continue
-        with self._news:
-            while self._copying or self._comparing:
-                self._news.wait()
+        self._waited_for = True
+        try:
+            # Who waits has a core to spare. It begins at the end: the writer follows what is copied from the beginning.
+            while self._move(-1):
+                continue
+            with self._news:
+                while self._copying or self._comparing:
+                    self._news.wait()
+        finally:
+            with self._news:
+                self._waited_for = False
+                self._news.notify_all()
 
     def close(self) -> None:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
@@ -373,17 +381,20 @@ class Snapshot:
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.view = memoryview(b"")
 
-    def await_bytes(self, end: int) -> None:
+    def await_bytes(self, end: int, *, patient: bool = False) -> None:
         """Return when the first `end` bytes of the buffer are there. Raises SaveError if they are not of one moment.
 
         Not to raise proves nothing: that is what :meth:`confirm` is for.
+
+        Args:
+            patient: nor as long as the training waits for the rest: the cores are for that.
         """
         self.begin()
         for _, event in list(self._events):
             event.synchronize()
         self._look_at_queued()
         with self._news:
-            while self._filled < end and self._failure is None:
+            while (self._filled < end or (patient and self._waited_for and self._todo)) and self._failure is None:
                 self._news.wait()
             if self._failure is not None:
                 raise SaveError(self._failure)

@@ -49,7 +49,7 @@ class Bytes:
     def __init__(self, data: bytes) -> None:
         self.view = memoryview(data)
 
-    def await_bytes(self, end: int) -> None:
+    def await_bytes(self, end: int, *, patient: bool = False) -> None:
         assert end <= len(self.view)
 
     def confirm(self) -> None:
