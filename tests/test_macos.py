@@ -122,7 +122,7 @@ def test_names_above_are_synced_up_to_a_read_only_root(tmp_path: Path, monkeypat
 
 def without_linux(patch: pytest.MonkeyPatch) -> None:
     """Take away what Linux has for reading and writing, and macOS before 11 has not."""
-    for name in ("preadv", "RWF_NOWAIT", "posix_fadvise", "POSIX_FADV_DONTNEED", "sched_getaffinity"):
+    for name in ("preadv", "posix_fadvise", "POSIX_FADV_DONTNEED", "sched_getaffinity"):
         patch.delattr(os, name, raising=False)
     patch.setattr(direct_io, "O_DIRECT", 0)
 

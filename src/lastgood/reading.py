@@ -103,17 +103,8 @@ class _Job:
             return
         for dimension, (begin, end) in enumerate(self._box):
             part = part.narrow(dimension, begin - chunk.offsets[dimension], end - begin)
-        for dimension, stride in enumerate(target.stride()):
-            if stride == 0 and target.shape[dimension] > 1:
-                # An expanded tensor has one row of memory for all its rows.
-                first = part.narrow(dimension, 0, 1)
-                rows, same = part.contiguous(), first.expand_as(part).contiguous()
-                if bytes_of(rows) != bytes_of(same):
-                    raise MismatchError(
-                        f"{self._want.name} is expanded here (stride 0), and was saved with different rows"
-                    )
-                target, part = target.narrow(dimension, 0, 1), first
-        with torch.no_grad(), torch.inference_mode(target.is_inference()):
+        # In this order: leaving inference mode turns gradients on.
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
             target.copy_(part)
 
 
@@ -127,6 +118,9 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want], *, alon
         DamagedError: a byte on disk is not what was saved.
         MismatchError: an expanded tensor cannot hold what was saved.
     """
+    # An expanded tensor has one row of memory for all its rows, which may come in any order, from several chunks.
+    expanded = [(want, _dense(want)) for want in wants if _expanded(want.target)]
+    wants = [want for want in wants if not _expanded(want.target)] + [dense for _, dense in expanded]
     try:
         for record in manifest.shards:
             shard.check_size(entry.path / record.file, record)
@@ -162,6 +156,29 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want], *, alon
                 batches.clear()  # After an error nobody begins anything new.
     except OSError as error:
         raise DamagedError(f"{entry.path} cannot be read: {error}") from error
+    for want, dense in expanded:
+        _collapse(want, dense.target)
+
+
+def _expanded(tensor: torch.Tensor) -> list[int]:
+    """The dimensions along which all of a tensor is the same memory."""
+    return [number for number, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[number] > 1]
+
+
+def _dense(want: Want) -> Want:
+    return Want(want.name, torch.empty(want.target.shape, dtype=want.target.dtype, device="cpu"), want.offsets)
+
+
+def _collapse(want: Want, whole: torch.Tensor) -> None:
+    """Put what was read into an expanded tensor. Raises MismatchError where it is not the same along its dimensions."""
+    target, part = want.target.detach(), whole
+    for dimension in _expanded(target):
+        target, part = target.narrow(dimension, 0, 1), part.narrow(dimension, 0, 1)
+    same = part.expand_as(whole).contiguous()
+    if bytes_of(same) != bytes_of(whole):
+        raise MismatchError(f"{want.name} is expanded here (stride 0), and was saved with different rows")
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(part)
 
 
 def _batches(jobs: Sequence[_Job]) -> Iterator[list[tuple[_Job, int, int]]]:
