@@ -166,13 +166,14 @@ def test_what_is_cached_is_dropped_by_a_mapping(tmp_path: Path, monkeypatch: pyt
     """The calls that macOS gets; Linux takes the same ones, and keeps its cache."""
     without_linux(monkeypatch)
     calls = []
+    library = direct_io._library
 
-    class Watched(ctypes.CDLL):
-        def __getitem__(self, name: str) -> Any:
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
             calls.append(name)
-            return super().__getitem__(name)
+            return getattr(library, name)
 
-    monkeypatch.setattr(ctypes, "CDLL", Watched)
+    monkeypatch.setattr(direct_io, "_library", Watched())
     (tmp_path / "f").write_bytes(b"x" * 10_000)
     (tmp_path / "empty").write_bytes(b"")
     for name in ("empty", "f"):

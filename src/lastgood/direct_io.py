@@ -23,6 +23,22 @@ _LOOKS = 8
 _HUGE_PAGE = 2 << 20
 # Bytes, on x86-64; on others it is a number like any.
 
+_library = ctypes.CDLL(None) if os.name == "posix" else None
+# Opened here, once: where files of strangers are read, a library that is opened is watched for.
+if _library is not None:
+    _library.mmap.restype = ctypes.c_void_p
+    _library.mmap.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_longlong,
+    )
+    _library.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    _library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    _library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
 
 class Writer:
     """A new file, open for writing. Raises FileExistsError when the name is taken."""
@@ -163,20 +179,19 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> int:
 def is_cached(descriptor: int) -> bool:
     """Whether the system has a file in its cache, as far as it tells: it looks at a few pages, and reads none."""
     size = os.fstat(descriptor).st_size
-    if sys.platform != "linux" or size == 0:
+    if sys.platform != "linux" or _library is None or size == 0:
         return False
-    system, found = _memory_calls(), (ctypes.c_ubyte * 1)()
-    system.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    address = system.mmap(None, size, 0, 1, descriptor, 0)  # PROT_NONE, MAP_SHARED: nothing of it is touched.
+    found = (ctypes.c_ubyte * 1)()
+    address = _library.mmap(None, size, 0, 1, descriptor, 0)  # PROT_NONE, MAP_SHARED: nothing of it is touched.
     if address == _MAP_FAILED:
         return False
     try:
         for number in range(1, _LOOKS + 1):  # Not the first page: the header has often just been read.
             at = (size - 1) * number // _LOOKS
-            if system.mincore(address + at - at % mmap.PAGESIZE, mmap.PAGESIZE, found) or not found[0] & 1:
+            if _library.mincore(address + at - at % mmap.PAGESIZE, mmap.PAGESIZE, found) or not found[0] & 1:
                 return False
     finally:
-        system.munmap(address, size)
+        _library.munmap(address, size)
     return True
 
 
@@ -198,32 +213,14 @@ def _invalidate(descriptor: int) -> None:
     Making a mapping of the file invalid drops its clean pages. So does fio (os/mac/posix.c), as Apple showed it.
     """
     size = os.fstat(descriptor).st_size
-    if size == 0:
+    if size == 0 or _library is None:
         return
-    system = _memory_calls()
     # PROT_NONE, MAP_SHARED and MS_INVALIDATE are these numbers on Linux, too. Of the module mmap, which knows no
     # address of what is only read, they cannot be had on every system.
-    address = system.mmap(None, size, 0, 1, descriptor, 0)
+    address = _library.mmap(None, size, 0, 1, descriptor, 0)
     if address != _MAP_FAILED:  # Else a file system without mappings.
-        system.msync(address, size, 2)
-        system.munmap(address, size)
-
-
-def _memory_calls() -> ctypes.CDLL:
-    """The C library, told what its calls about memory take and give."""
-    system = ctypes.CDLL(None)
-    system.mmap.restype = ctypes.c_void_p
-    system.mmap.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_longlong,
-    )
-    system.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    system.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    return system
+        _library.msync(address, size, 2)
+        _library.munmap(address, size)
 
 
 def _memory(size: int) -> memoryview:
