@@ -134,7 +134,7 @@ def median(values: Sequence[float]) -> float:
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The median over the rounds of what one took of what the other took in the same round."""
-    return median([a / b for a, b in zip(ours, theirs, strict=True)])
+    return median([a / b for a, b in zip(ours, theirs, strict=False)])
 
 
 @dataclass(frozen=True, slots=True)

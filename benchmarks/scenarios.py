@@ -321,7 +321,6 @@ def _restore_one(directory: Path, mib: int, what: str) -> float:
     began = time.perf_counter()
     if what == "ours":
         checkpointer = lastgood.Checkpointer(directory / "run", **job.objects())
-        began = time.perf_counter()
         assert checkpointer.restore() == 1
     elif what == "raw":
         (path,) = (directory / "run").glob("step-*/*.safetensors")

@@ -84,6 +84,18 @@ def test_three_failures_in_a_row_raise_and_the_caller_may_go_on(tmp_path: Path) 
     assert committed(tmp_path) == [4]
 
 
+def test_after_three_failures_a_restore_begins_anew(tmp_path: Path) -> None:
+    with lastgood.Checkpointer(tmp_path, w=torch.zeros(3)) as ckpt:
+        ckpt.save(1).result()
+        refuse("write", errno.ENOSPC)
+        for step in (2, 3, 4):
+            ckpt.save(step).wait()
+        disk.observer = None
+        assert ckpt.restore() == 1
+        ckpt.save(2).result()
+    assert committed(tmp_path) == [1, 2]
+
+
 def test_close_raises_for_a_failed_last_save_unless_somebody_knows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -117,3 +117,59 @@ def test_tensors_made_in_inference_mode(tmp_path: Path) -> None:
     with lastgood.Checkpointer(tmp_path / "run", **other) as ckpt:
         assert ckpt.restore() == 4
     assert all(torch.equal(other[name], value) for name, value in held.items())
+
+
+class Counted(nn.Module):
+    """Its state_dict holds a value besides tensors, so that it is loaded by load_state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.count = nn.Parameter(torch.rand(40, 40)), 7
+
+    def get_extra_state(self) -> int:
+        return self.count
+
+    def set_extra_state(self, state: int) -> None:
+        self.count = state
+
+
+class Average:
+    """Loads its state in place."""
+
+    def __init__(self) -> None:
+        self.mean = nn.Parameter(torch.rand(40))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.mean.copy_(state["mean"])
+
+
+@pytest.mark.parametrize("what", ["inference", "no gradients"])
+def test_objects_are_loaded_in_the_mode_of_the_program(tmp_path: Path, what: str) -> None:
+    model, average = Counted(), Average()
+    with lastgood.Checkpointer(tmp_path / "run", model=model, average=average) as ckpt:
+        ckpt.save(1).result()
+    with SETTINGS[what]():
+        other, second = Counted(), Average()
+        other.count = 0
+        with lastgood.Checkpointer(tmp_path / "run", model=other, average=second) as ckpt:
+            assert ckpt.restore() == 1
+            assert not torch.is_grad_enabled()
+    assert torch.equal(other.weight, model.weight) and other.count == 7 and torch.equal(second.mean, average.mean)
+
+
+def test_a_tensor_without_a_version_counter_is_of_the_moment_of_the_save(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        table = torch.zeros(1 << 12, 1 << 12)
+    with lastgood.Checkpointer(tmp_path / "run", table=table, other=torch.zeros(3)) as ckpt:
+        for step in range(1, 4):
+            ckpt.save(step).result()
+        ckpt["more"] = torch.zeros(1 << 20)  # Another structure: the buffer holds nothing of before.
+        ckpt.save(4)
+        with torch.inference_mode():
+            table[1000] = 1
+    with lastgood.Checkpointer(tmp_path / "run", table=table, other=torch.zeros(3), more=torch.zeros(1 << 20)) as ckpt:
+        assert ckpt.restore() == 4
+    assert not table.any()

@@ -262,7 +262,7 @@ class Checkpointer:
                 _log.info("%s is a new run: starting at step 0", self.run)
             return 0
         self._saver.parent, self._last_step = restored.entry.name, restored.manifest.step
-        self._handle = None
+        self._handle, self._saver.failures = None, 0
         self._restore_random(restored)
         if self.world.rank == 0:
             seconds = time.monotonic() - began

@@ -6,8 +6,9 @@ where training uses them.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +79,7 @@ class Loading:
             MismatchError: something does not fit; all of it is listed.
             DamagedError: the manifest refers to tensors that it does not have.
         """
-        with torch.inference_mode(False):  # As for run: new memory is made here.
+        with _no_inference():
             self._prepare()
 
     def _prepare(self) -> None:
@@ -125,10 +126,6 @@ class Loading:
         Raises:
             DamagedError: a byte on disk is not what was saved. The objects may be half changed by then.
         """
-        with torch.inference_mode(False):  # What is made in it could not be trained with outside of it.
-            return self._run()
-
-    def _run(self) -> dict[str, Any]:
         read_wanted(self.entry, self.manifest, self._wants, alone=self.world.size == 1)
         restored: dict[str, Any] = {}
         taken: set[Any] = set()
@@ -154,7 +151,8 @@ class Loading:
         if kind == "module":
             self._finish_module(name, value)
         elif kind == "optimizer":
-            self._finish_optimizer(name, value)
+            with _no_inference():
+                self._finish_optimizer(name, value)
         elif kind == "generator":
             generators.set_state(value, self._loaded[next(iter(tensor_names(self._tree(name))))])
             if name in self._derived:
@@ -433,6 +431,14 @@ class Loading:
         for index, held in state.items():
             if labels[index] not in self._converted:
                 optimizer.state[parameters[index]] = uncast(held, optimizer.state[parameters[index]])
+
+
+@contextlib.contextmanager
+def _no_inference() -> Iterator[None]:
+    """Where memory is made: what is made in inference mode could not be trained with outside of it."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # To leave it turns gradients on.
+        yield
 
 
 def read_tensors(entry: Entry, manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -147,9 +147,12 @@ def read_wanted(entry: Entry, manifest: Manifest, wants: Sequence[Want], *, alon
         }
         with ThreadPoolExecutor(_THREADS, "lastgood-read") as pool:
             try:
-                tasks = [
-                    pool.submit(_read, entry, manifest, batches, cached) for _ in range(min(_THREADS, len(batches)))
-                ]
+                tasks = []
+                for _ in range(min(_THREADS, len(batches))):
+                    try:
+                        tasks.append(pool.submit(_read, entry, manifest, batches, cached))
+                    except RuntimeError:  # No more threads.
+                        _read(entry, manifest, batches, cached)
                 for task in tasks:
                     task.result()
             finally:

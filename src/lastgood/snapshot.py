@@ -251,7 +251,7 @@ class Snapshot:
             large = [sources[number] for number in plan.large_sources]
             if not plan.whole:
                 large = [_source(source, part.piece) for source, part in zip(large, plan.large, strict=True)]
-            late = self._choose(plan, large, steady, unchanged, state.places)
+            late = self._choose(plan, large, steady, state.places)
             if len(late) < len(large):
                 now = set(range(len(large))) - set(late)
                 targets += [plan.large[number].target for number in now]
@@ -285,20 +285,20 @@ class Snapshot:
         plan: _Plan,
         large: Sequence[torch.Tensor],
         steady: frozenset[int],
-        unchanged: frozenset[str],
         places: object,
     ) -> Sequence[int]:
-        """Which of the large tensors can wait to be copied, in the order of the buffer."""
+        """Which of the large tensors can wait to be copied or compared, in the order of the buffer."""
         if not self.overlap:
             return ()
         if places is not None and plan.all_late[0] is places and plan.all_late[1] is steady and all_plain(large):
             return range(len(large))
         storages = map(torch.UntypedStorage.data_ptr, map(torch.Tensor.untyped_storage, large))
         known = list(map(steady.__contains__, storages))
-        if unchanged:
-            known = [one or part.piece.name in unchanged for one, part in zip(known, plan.large, strict=True)]
+        if self._kept:
+            # Not all that seems unchanged: what is copied late is compared by a few words, what is kept as a whole.
+            known = [one or part.piece.name in self._kept for one, part in zip(known, plan.large, strict=True)]
         if all(known) and all_plain(large) and list(map(_NBYTES, large)) == plan.large_sizes:
-            if not unchanged:
+            if not self._kept:
                 plan.all_late = places, steady
             return range(len(large))
         return [
@@ -333,12 +333,15 @@ class Snapshot:
 
         From then on it competes for the interpreter.
         """
-        with self._news:
-            late, self._late = self._late, _Late()
-            self._todo.extend(late.todo)
-        tasks = [_Once(functools.partial(self._copy, late.watch))] if late.watch is not None else []
-        tasks += [_Once(functools.partial(self._compare, share)) for share in late.kept]
+        tasks: list[_Once] = []
         try:
+            with self._news:
+                late, none = self._late, _Late()
+                todo = deque([*self._todo, *late.todo])
+                new = [_Once(functools.partial(self._copy, late.watch))] if late.watch is not None else []
+                new += [_Once(functools.partial(self._compare, share)) for share in late.kept]
+                # All or nothing: a signal comes before or after this.
+                self._late, self._todo, tasks = none, todo, new
             for task in tasks:
                 try:
                     self._background.submit(task)
@@ -456,6 +459,11 @@ class Snapshot:
             self._advance(self.layout.size)
         except BaseException as error:
             self._fail(f"({error})")
+            with self._news:
+                # Nobody keeps the memory of what is left alive after this.
+                self._todo.clear()
+                while self._moving:
+                    self._news.wait()
             raise
         finally:
             with self._news:

@@ -66,7 +66,7 @@ class Still:
             self._calm[name] = calm
             if calm >= _CALM:  # An average of the weights, for example, never is.
                 names.add(name)
-                if known is not None:
+                if known is not None and not tensor.is_inference():  # One made in inference mode counts no versions.
                     unchanged.add(name)
         self._signs = signs
         if announced is not None:
