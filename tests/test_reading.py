@@ -27,7 +27,9 @@ from lastgood.dtypes import DTYPE_NAMES
 from lastgood.manifest import Chunk, Manifest, RankRecord, ShardRecord, TensorRecord, check, checksum
 from lastgood.reading import Want, bytes_of
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: others do not tell what is cached")
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="not on Windows, nor macOS: only Linux is asked what is cached"
+)
 
 
 def bits(name: str, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
