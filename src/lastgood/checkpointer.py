@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -361,7 +362,7 @@ class Checkpointer:
                 tries=tries,
                 objects=state.objects,
                 kinds=state.kinds,
-                random_taken=random_state.take(),
+                encode_random=functools.partial(random_state.as_json, random_state.take()),
                 metrics=metrics,
                 program=self._program,
                 versions=self._versions,

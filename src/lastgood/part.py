@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lastgood import disk, random_state
+from lastgood import disk
 from lastgood.errors import LastGoodError
 from lastgood.manifest import Written, checksum, compact
 from lastgood.placement import LocalTensor, Placement
@@ -38,8 +38,8 @@ class Request:
     """How often this rank tried to save this step before."""
     objects: dict[str, Json]
     kinds: dict[str, str]
-    random_taken: dict[str, Any]
-    """The random state, as :func:`lastgood.random_state.take` gave it."""
+    encode_random: Callable[[], Json]
+    """Gives the random state of the moment of the save, as JSON. That takes its time."""
     metrics: dict[str, float]
     program: dict[str, Json]
     versions: dict[str, str]
@@ -56,7 +56,7 @@ class Request:
     def random(self) -> Json:
         """The random state. Asked for in the background only."""
         if self._random is None:
-            self._random = random_state.as_json(self.random_taken)
+            self._random = self.encode_random()
         return self._random
 
     @property

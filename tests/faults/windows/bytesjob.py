@@ -136,7 +136,7 @@ def request(step: int, rank: int, saver: Saver) -> Request:
         tries=0,
         objects={},
         kinds={},
-        random={"rank": rank, "step": step},
+        encode_random=lambda: {"rank": rank, "step": step},
         metrics={},
         program={},
         versions={},
