@@ -6,6 +6,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -59,8 +60,12 @@ def side_by_side(
     job = build()
     running: dict[str, Contender] = {}
 
+    chance = random.Random(0)
+
     def take_turns(measure: Callable[[Contender, Series], None]) -> None:
-        for name, contender in list(running.items()):
+        # Those that do not sync leave the disk something to do, and who deletes much, too: it must not fall on the next
+        # one, and if it does, not always on the same one.
+        for name, contender in chance.sample(list(running.items()), len(running)):
             try:
                 measure(contender, results[name])
             except Exception as error:
@@ -68,6 +73,7 @@ def side_by_side(
                 results[name].why_not = f"{type(error).__name__}: {error}"
                 del running[name]
             trim()
+            os.sync()
 
     for kind in contenders:
         try:
@@ -150,18 +156,24 @@ class Throughput:
     step: float
     """Seconds of a step."""
 
+    def text(self) -> str:
+        return f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}; CPU seconds × {self.cpu:.3f})"
+
 
 def throughput(
     build: Callable[[], Job],
-    kind: type[Contender],
+    kinds: Sequence[type[Contender]],
     directory: Path,
     *,
-    blocks: int,
+    rounds: int,
     steps: int = 10,
-    every: int = 10,
     seconds: float = 0.5,
-) -> Throughput:
-    """A loop of steps of a fixed amount of work, in turn with a save every `every` steps and without."""
+) -> dict[str, Throughput]:
+    """Blocks of steps of a fixed amount of work, with a save at the beginning and without, in turn.
+
+    Args:
+        seconds: of a step.
+    """
     job = build()
     device = next(job.model.parameters()).device
     size = 4096 if device.type == "cuda" else 1024
@@ -176,42 +188,50 @@ def throughput(
     began = time.perf_counter()
     work(20)
     count = max(1, round(seconds * 20 / (time.perf_counter() - began)))
-    contender = kind(job, directory / "throughput")
+    contenders = {kind.name: kind(job, directory / kind.__name__) for kind in kinds}
     number = 0
 
-    def block(saves: bool) -> tuple[float, float]:
+    def block(contender: Contender | None) -> tuple[float, float]:
         nonlocal number
         began, cpu = time.perf_counter(), time.process_time()
         for step in range(steps):
             work(count)
-            contender.before_step()
+            if contender is not None:
+                contender.before_step()
             job.step()
-            if saves and step % every == 0:
+            if contender is not None and step == 0:
                 number += 1
                 contender.save(number)
         settle(job)
         took = time.perf_counter() - began, time.process_time() - cpu
-        if saves:
+        if contender is not None:
             contender.finish()
             contender.settle()
             contender.forget(number)
         return took
 
-    block(True)
-    ratios, cpus, plain_times = [], [], []
-    for index in range(blocks):
-        if index % 2:
-            with_saves, plain = block(True), block(False)
-        else:
-            plain, with_saves = block(False), block(True)
-        ratios.append(plain[0] / with_saves[0])
-        cpus.append(with_saves[1] / plain[1])
-        plain_times.append(plain[0] / steps)
-    contender.close()
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    steps_alone = []
+    chance = random.Random(0)
+    for contender in contenders.values():
+        block(contender)
+    for _ in range(rounds):
+        times = {name: block(contenders.get(name)) for name in chance.sample(["", *contenders], 1 + len(contenders))}
+        wall, cpu = times[""]
+        steps_alone.append(wall / steps)
+        for name, series in results.items():
+            series.append((wall / times[name][0], times[name][1] / cpu))
+    for contender in contenders.values():
+        contender.close()
     shutil.rmtree(directory, ignore_errors=True)
+    return {name: _throughput(series, median(steps_alone)) for name, series in results.items()}
+
+
+def _throughput(series: Sequence[tuple[float, float]], step: float) -> Throughput:
+    ratios, cpus = [ratio for ratio, _ in series], [cpu for _, cpu in series]
     mean = statistics.fmean(ratios)
     spread = 2.0 * statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
-    return Throughput(mean, mean - spread, mean + spread, statistics.fmean(cpus), median(plain_times))
+    return Throughput(mean, mean - spread, mean + spread, statistics.fmean(cpus), step)
 
 
 def in_new_process(work: Callable[..., Any], *arguments: object) -> Any:

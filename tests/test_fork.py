@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lastgood
 from lastgood import LastGoodError, RunHeldError, catalog, disk
-from lastgood.snapshot import Snapshot
+from lastgood.filling import Filling
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -160,12 +160,12 @@ def test_a_child_that_trains_does_not_wait_for_its_parents_copies(
 ) -> None:
     """The thread that copies does not exist in the child, whose own weights nobody copies."""
     copying, goes_on = threading.Event(), threading.Event()
-    copy = Snapshot._copy
+    copy = Filling._copy
 
-    def held(snapshot: Snapshot, late: Any) -> None:
+    def held(filling: Filling, watch: Any) -> None:
         copying.set()
         goes_on.wait(60)
-        copy(snapshot, late)
+        copy(filling, watch)
 
     def child() -> None:
         signal.alarm(20)
@@ -175,7 +175,7 @@ def test_a_child_that_trains_does_not_wait_for_its_parents_copies(
         with pytest.raises(LastGoodError, match="forked"):
             ckpt.wait()
 
-    monkeypatch.setattr(Snapshot, "_copy", held)
+    monkeypatch.setattr(Filling, "_copy", held)
     model = torch.nn.Linear(1000, 1000)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     model(torch.ones(1000)).sum().backward()

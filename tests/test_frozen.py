@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lastgood
-from lastgood import catalog, commit, direct_io, disk, shard, snapshot
+from lastgood import catalog, commit, direct_io, disk, filling, shard
 from lastgood.errors import SaveError
 from lastgood.retain import Keep
 from lastgood.shard import FROZEN
@@ -273,13 +273,13 @@ def test_the_writing_does_not_wait_for_the_comparison_and_the_commit_does(
             step(model, optimizer)
             save(ckpt, number)
         go = threading.Event()
-        real = snapshot.checksum
+        real = filling.checksum
 
         def checksum(data: memoryview) -> str:
             assert go.wait(30)
             return real(data)
 
-        monkeypatch.setattr(snapshot, "checksum", checksum)
+        monkeypatch.setattr(filling, "checksum", checksum)
         handle = ckpt.save(4)
         while not (tmp_path / "step-00000004" / "manifest.json.tmp").exists():
             assert not handle.wait(0.01)

@@ -246,20 +246,18 @@ def test_an_operation_under_way_at_the_end_of_the_copy_is_noticed(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     with begin(tmp_path, model=model, optimizer=optimizer) as ckpt:
         step(model, optimizer)
-        first = ckpt._snapshot
-        real = first._advance
+        real, first, second = ctypes.memmove, model[0].weight, model[2].weight
         changed = False
 
-        def advance(filled: int) -> None:
-            # Called when the second tensor is being copied: the first has been looked at.
+        def memmove(target: int, source: int, size: int) -> Any:
+            # When the second tensor is being copied, the first has been looked at.
             nonlocal changed
-            large = [piece for piece in first.layout.pieces() if piece.size >= snapshot.OVERLAP_BYTES]
-            if not changed and large[1].at < filled < first.layout.size:
+            if not changed and source == second.data_ptr():
                 changed = True
-                torch._foreach_add_([model.state_dict()[large[0].name.removeprefix("model.")]], 1.0)
-            real(filled)
+                torch._foreach_add_([first.detach()], 1.0)
+            return real(target, source, size)
 
-        monkeypatch.setattr(first, "_advance", advance)
+        monkeypatch.setattr(ctypes, "memmove", memmove)
         with pytest.raises(SaveError, match="changed while it was being copied"):
             ckpt.save(1, blocking=True).result()
         assert changed
@@ -369,7 +367,9 @@ def test_the_cores_are_for_the_copy_while_training_waits_for_it(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     began: list[int] = []
     real = shard.checksum
-    monkeypatch.setattr(shard, "checksum", lambda data: (began.append(len(ckpt._snapshot._todo)), real(data))[1])
+    monkeypatch.setattr(
+        shard, "checksum", lambda data: (began.append(len(ckpt._snapshot._filling._todo)), real(data))[1]
+    )
     with begin(tmp_path, model=model, optimizer=optimizer) as ckpt:
         step(model, optimizer)
         ckpt.save(1, blocking=True)
@@ -421,7 +421,7 @@ def test_a_signal_while_training_helps_to_copy_costs_neither_the_save_nor_a_wait
                 first()
 
             monkeypatch.setattr(ckpt._snapshot, "begin", after_us)
-            monkeypatch.setattr(ckpt._snapshot._background, "submit", submit)
+            monkeypatch.setattr(ckpt._snapshot._filling._background, "submit", submit)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.save(1)
         else:
@@ -450,13 +450,13 @@ def test_a_thread_that_cannot_be_started_does_not_make_a_copy_twice(
         step(model, optimizer)
         ckpt.save(1).result()
         ckpt._finish_save()
-        queued, real = [], ckpt._snapshot._background.submit
+        queued, real = [], ckpt._snapshot._filling._background.submit
 
         def submit(task: Any, *arguments: Any) -> None:
             queued.append((task, arguments))
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(ckpt._snapshot._background, "submit", submit)
+        monkeypatch.setattr(ckpt._snapshot._filling._background, "submit", submit)
         step(model, optimizer)
         handle = ckpt.save(2)
         monkeypatch.undo()

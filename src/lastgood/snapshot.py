@@ -9,21 +9,17 @@ On a GPU the copies are queued on a stream of their own; the hook makes the GPU 
 from __future__ import annotations
 
 import ctypes
-import functools
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Literal
 
 import torch
 
 from lastgood.direct_io import PAGE
 from lastgood.dtypes import DTYPES
 from lastgood.errors import SaveError
-from lastgood.manifest import checksum
+from lastgood.filling import THREADS, Filling, Kept, Late
 from lastgood.placement import LocalTensor, Placement
 from lastgood.plan import Layout, lay_out
 from lastgood.shard import Piece, piece_checksum
@@ -33,8 +29,6 @@ from lastgood.watch import Samples, Watch, all_plain, is_plain, memory, version
 
 _STRIDE = 16 << 20
 # Bytes copied at a time: the writer follows as the copy advances.
-_THREADS = 2
-# To compare what is frozen, which one core does more slowly than the memory gives it.
 _PLANS = 16
 # Layouts that are remembered.
 _NBYTES = attrgetter("nbytes")
@@ -42,29 +36,6 @@ _move_bytes = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
 # To, from, bytes. It keeps the GIL: thousands of small ones would wait thousands of times to get it back.
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """What the buffer holds already, if a tensor is what it was."""
-
-    name: str
-    storage: torch.UntypedStorage
-    """Keeps the memory alive whatever becomes of the tensor."""
-    address: int
-    size: int
-    checksum: str
-
-
-@dataclass(slots=True)
-class _Late:
-    """What is done in the background, until that has begun."""
-
-    watch: Watch | None = None
-    todo: Sequence[tuple[int, int, int]] = ()
-    """What is to be copied, in the order of the buffer: place in it, address, bytes."""
-    kept: list[list[_Kept]] = field(default_factory=list)
-    """What is to be compared, for each thread."""
 
 
 class _Copies:
@@ -83,18 +54,6 @@ class _Copies:
             for piece, address in zip(pieces, addresses, strict=True)
             for offset in range(0, piece.size, _STRIDE)
         ]
-
-
-class _Once:
-    """A task that runs once, in whichever thread comes first."""
-
-    def __init__(self, task: Callable[[], None]) -> None:
-        self._task = task
-        self._first = threading.Lock()
-
-    def __call__(self) -> None:
-        if self._first.acquire(blocking=False):
-            self._task()
 
 
 @dataclass(slots=True)
@@ -174,24 +133,7 @@ class Snapshot:
         self.layout = self._plan.layout
         self.view = memoryview(b"")
         """The bytes of the buffer."""
-        self.overlap = True
-        """Cleared for good when a tensor was changed while it was being copied."""
-        self._news = threading.Condition()
-        # Kept: to start a thread takes milliseconds of the training's time when the thread is busy.
-        self._background = ThreadPoolExecutor(_THREADS, thread_name_prefix="lastgood-snapshot")
-        self._filled = 0
-        """So many bytes of the buffer may be written."""
-        self._copying = False
-        self._comparing = 0
-        """Threads that still compare what the buffer holds since an earlier save."""
-        self._late = _Late()
-        self._todo: deque[tuple[int, int, int]] = deque()
-        """What of that is left to copy."""
-        self._moving = 0
-        """Threads that copy one of them now."""
-        self._waited_for = False
-        """Whether somebody is in :meth:`wait`."""
-        self._failure: str | None = None
+        self._filling = Filling()
         self._kept: dict[str, tuple[int, str]] = {}
         """By name, where the buffer holds a frozen tensor since the last save, and its checksum."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -227,7 +169,6 @@ class Snapshot:
         self.wait()
         self._events = []
         self._prepare(state, writers, still)
-        self._failure = None
         plan, sources = self._plan, state.sources
         plan.find(state)
         before = self._kept if self.overlap else {}
@@ -272,13 +213,7 @@ class Snapshot:
             if queue:
                 self._queue(queue, steady)
                 self._queued = queued
-        put_off = self._put_off(plan, large, late)
-        todo = put_off.todo
-        with self._news:
-            self._late = put_off
-            # What is kept is there: whether it still is what it should be shows later, and in time for the commit.
-            self._filled = todo[0][0] if todo else self.layout.size
-            self._copying, self._comparing = bool(todo), len(put_off.kept)
+        self._filling.put_off(self._put_off(plan, large, late))
 
     def _choose(
         self,
@@ -307,18 +242,18 @@ class Snapshot:
             if one and is_plain(source) and source.nbytes == size
         ]
 
-    def _put_off(self, plan: _Plan, large: Sequence[torch.Tensor], late: Sequence[int]) -> _Late:
+    def _put_off(self, plan: _Plan, large: Sequence[torch.Tensor], late: Sequence[int]) -> Late:
         """What is to be done in the background about the large tensors that can wait."""
         numbers = [number for number in late if plan.large[number].piece.name not in self._kept] if self._kept else late
-        found = _Late()
+        found = Late()
         if len(numbers) < len(late):
             kept = []
             for number in late:
                 source, piece = large[number], plan.large[number].piece
                 if piece.name in self._kept:
                     digest = self._kept[piece.name][1]
-                    kept.append(_Kept(piece.name, source.untyped_storage(), source.data_ptr(), piece.size, digest))
-            found.kept = [share for share in (kept[number::_THREADS] for number in range(_THREADS)) if share]
+                    kept.append(Kept(piece.name, source.untyped_storage(), source.data_ptr(), piece.size, digest))
+            found.kept = [share for share in (kept[number::THREADS] for number in range(THREADS)) if share]
         if numbers:
             tensors = [large[number] for number in numbers]
             addresses = list(map(torch.Tensor.data_ptr, tensors))
@@ -328,59 +263,33 @@ class Snapshot:
             found.todo = plan.copies.todo
         return found
 
-    def begin(self) -> None:
-        """Begin with the copying in the background, where nobody has yet: the last thing that a save does.
+    @property
+    def overlap(self) -> bool:
+        """Whether tensors may be copied while training goes on: not since one was changed meanwhile."""
+        return self._filling.overlap
 
-        From then on it competes for the interpreter.
-        """
-        tasks: list[_Once] = []
-        try:
-            with self._news:
-                late, none = self._late, _Late()
-                todo = deque([*self._todo, *late.todo])
-                new = [_Once(functools.partial(self._copy, late.watch))] if late.watch is not None else []
-                new += [_Once(functools.partial(self._compare, share)) for share in late.kept]
-                # All or nothing: a signal comes before or after this.
-                self._late, self._todo, tasks = none, todo, new
-            for task in tasks:
-                try:
-                    self._background.submit(task)
-                except RuntimeError:
-                    task()  # No more threads, or the interpreter is ending; it may be queued all the same.
-        except BaseException:  # A signal. The save does not suffer from it.
-            for task in tasks:
-                task()
-            raise
+    def begin(self) -> None:
+        """Begin with the copying in the background, where nobody has yet: the last thing that a save does."""
+        self._filling.begin()
 
     def wait(self) -> None:
         """Return when every tensor may change: before an optimizer step, or before changing weights by hand.
 
         With CUDA tensors the GPU waits instead, on its current stream.
         """
-        self.begin()
+        self._filling.begin()
         self._look_at_queued()
         for device, event in self._events:
             torch.cuda.current_stream(device).wait_event(event)
-        self._waited_for = True
-        try:
-            # Who waits has a core to spare. It begins at the end: the writer follows what is copied from the beginning.
-            while self._move(-1):
-                continue
-            with self._news:
-                while self._copying or self._comparing:
-                    self._news.wait()
-        finally:
-            with self._news:
-                self._waited_for = False
-                self._news.notify_all()
+        self._filling.wait()
 
     def close(self) -> None:
         """Give the memory back. The caller makes sure that nobody reads it any more."""
         self.wait()
-        self._background.shutdown(wait=False)
+        self._filling.close()
         self._forget_plans()
         self._key = self._token = None
-        self._events, self._filled = [], 0
+        self._events = []
         self._storage = self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.view = memoryview(b"")
 
@@ -392,24 +301,16 @@ class Snapshot:
         Args:
             patient: nor as long as the training waits for the rest: the cores are for that.
         """
-        self.begin()
+        self._filling.begin()
         for _, event in list(self._events):
             event.synchronize()
         self._look_at_queued()
-        with self._news:
-            while (self._filled < end or (patient and self._waited_for and self._todo)) and self._failure is None:
-                self._news.wait()
-            if self._failure is not None:
-                raise SaveError(self._failure)
+        self._filling.await_bytes(end, patient=patient)
 
     def confirm(self) -> None:
         """Return when the whole buffer is there and known to be of one moment. Raises SaveError if it is not."""
         self.await_bytes(self.layout.size)
-        with self._news:
-            while (self._copying or self._comparing) and self._failure is None:
-                self._news.wait()
-            if self._failure is not None:
-                raise SaveError(self._failure)
+        self._filling.confirm()
 
     def keep(self, pieces: Sequence[Piece], checksums: Sequence[str]) -> None:
         """Note the checksums of what the buffer holds of frozen tensors: at the next save it need not be copied."""
@@ -441,97 +342,13 @@ class Snapshot:
                     return False
         return True
 
-    def _copy(self, watch: Watch) -> None:
-        """Copy in the order of the buffer, so that the writer can follow. Runs in the background."""
-        try:
-            moving = True
-            while moving:
-                while self._move(0):
-                    continue
-                with self._news:
-                    while self._moving and not self._todo:
-                        self._news.wait()
-                    moving = bool(self._todo)  # A part comes back where a signal interrupted who copied it.
-            # Not before: an operation that was under way raises the version counters only at its end.
-            changed = watch.changed()
-            if changed is not None:
-                return self._fail(changed)
-            self._advance(self.layout.size)
-        except BaseException as error:
-            self._fail(f"({error})")
-            with self._news:
-                # Nobody keeps the memory of what is left alive after this.
-                self._todo.clear()
-                while self._moving:
-                    self._news.wait()
-            raise
-        finally:
-            with self._news:
-                self._copying = False
-                self._news.notify_all()
-
-    def _move(self, end: Literal[0, -1]) -> bool:
-        """Copy the first or the last part of what is to be copied. False where nothing is left."""
-        with self._news:
-            if not self._todo:
-                return False
-            at, address, size = self._todo[end]
-            del self._todo[end]
-            self._moving += 1
-        filled, copied = at + size, False
-        try:
-            # It releases the GIL, and takes one core: torch's copy would start a pool of threads of its own.
-            ctypes.memmove(self._buffer.data_ptr() + at, address, size)
-            copied = True
-        finally:
-            with self._news:
-                self._moving -= 1
-                if not copied:  # A signal, such as Ctrl-C: whoever copies next takes it.
-                    self._todo.insert(len(self._todo) if end else 0, (at, address, size))
-                elif end == 0 and self._todo:
-                    filled = self._todo[0][0]
-                self._news.notify_all()
-        if end == 0:
-            self._advance(filled)
-        return True
-
-    def _compare(self, kept: list[_Kept]) -> None:
-        """Whether the tensors are what the buffer holds since an earlier save: looking is cheaper than copying."""
-        try:
-            for item in kept:
-                if checksum(memory(item.address, item.size)) != item.checksum:
-                    return self._fail(item.name)
-        except BaseException as error:
-            self._fail(f"({error})")
-            raise
-        finally:
-            with self._news:
-                self._comparing -= 1
-                self._news.notify_all()
-
     def _look_at_queued(self) -> None:
         """Whether something other than a step changed a tensor of the GPU since ``save``: before a step, or later."""
-        with self._news:
-            queued, self._queued = self._queued, []
-            changed = next((name for name, source, before in queued if version(source) != before), None)
-            if changed is not None:
-                self._fail(changed)  # Before another thread can find that nothing is left to look at.
+        self._filling.check(self._changed_of_queued)
 
-    def _advance(self, filled: int) -> None:
-        with self._news:
-            self._filled = filled
-            self._news.notify_all()
-
-    def _fail(self, name: str) -> None:
-        with self._news:
-            self.overlap = False
-            self._failure = (
-                f"{name} was changed while it was being copied, by something that is no step of a registered "
-                "optimizer: this save is given up, and from now on everything is copied at once. Call "
-                "Checkpointer.wait_snapshot() before changing weights by hand, and copies stay in the background."
-            )
-            self._filled = self.layout.size
-            self._news.notify_all()
+    def _changed_of_queued(self) -> str | None:
+        queued, self._queued = self._queued, []
+        return next((name for name, source, before in queued if version(source) != before), None)
 
     def _queue(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], steady: frozenset[int]) -> None:
         """Queue the copies of CUDA tensors: first those that may change at any time, for which the GPU waits here."""
@@ -581,7 +398,7 @@ class Snapshot:
         self._plan = self._plans[key]
         if self._plan.layout is not self.layout:
             self._set_view(self._plan.layout)
-        self._filled = self.layout.size
+        self._filling.reset(self._buffer.data_ptr(), self.layout.size)
 
     def _make_plan(self, layout: Layout, tensors: Mapping[str, LocalTensor]) -> _Plan:
         parts = [_Part(piece, self._target(piece)) for piece in layout.pieces()]
